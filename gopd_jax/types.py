@@ -1,0 +1,123 @@
+"""The few types that travel between modules, and the legend of shape letters.
+
+Shape letters, in the order in which they appear in a name's suffix:
+    B rows (always axis 0)      L positions of a row        T = L - 1 predictions
+    P prompt positions          C completion positions      V vocabulary
+    S entries of a support      D model width               F MLP width
+    N layers                    H query heads               K key/value heads
+    E one head's width          G groups of rows            M microbatches
+
+Position t of a `_BT` array speaks of the prediction of `tokens_BL[:, t + 1]` from the positions
+up to and including t. Log-probs are float32 nats.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+Array = jax.Array
+Params = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """One problem of a dataset, whatever file it came from."""
+
+    messages: tuple[dict[str, str], ...]  # chat turns, {"role": ..., "content": ...}
+    task: str  # names the teacher that scores it
+    answer: str  # ground truth: a value for "math", JSON tests for "code", text for "text"
+    verifier: str  # a name in gopd_jax.verifiers.VERIFIERS
+    source: str  # "file:line" or "dataset[index]", for messages
+    completion: str | None = None  # a worked answer to imitate, where the dataset has one
+
+
+@struct.dataclass
+class Prompts:
+    """One step's prompts: on the host this process's rows, in a jit the global batch.
+
+    tokens_BP int32 left-padded to the prompt limit; valid_BP bool; task_B int32, index of the
+    row's task; group_B int32, rows of one prompt share it; row_B int32, the row's index in the
+    global batch, which names its randomness. completion_BC / completion_mask_BC hold the dataset's
+    own completion, end token included, where the objective imitates it, and are None otherwise.
+    records are the rows' problems; they stay on the host (static: empty inside a jit).
+    """
+
+    tokens_BP: Any
+    valid_BP: Any
+    task_B: Any
+    group_B: Any
+    row_B: Any
+    records: tuple[Record, ...] = struct.field(pytree_node=False, default=())
+    completion_BC: Any = None
+    completion_mask_BC: Any = None
+
+
+@struct.dataclass
+class Rollout:
+    """Prompts with their completions: left-padded prompt, completion, right padding.
+
+    tokens_BL int32; valid_BL bool, False on both paddings; mask_BT bool, True where
+    tokens_BL[:, t + 1] was sampled, end token included; logp_BT float32 nats under the sampler,
+    0 off the mask; ended_B bool, False where the completion was cut at the length limit;
+    group_B, task_B int32 as in Prompts. n_prompt is the static prompt width P, so that the
+    completion fills tokens_BL[:, P:] and predictions [:, P - 1:].
+    """
+
+    tokens_BL: Array
+    valid_BL: Array
+    mask_BT: Array
+    logp_BT: Array
+    ended_B: Array
+    group_B: Array
+    task_B: Array
+    n_prompt: int = struct.field(pytree_node=False)
+
+
+@struct.dataclass
+class Scores:
+    """What the models and verifiers say of a Rollout. No gradient flows through any of it.
+
+    student_BT, teacher_BT (the row's own teacher), ref_BT: log-probs of the sampled tokens, float32
+    nats, 0 off the mask; reward_B float32, the verifier's. None where the objective has no use
+    for the entry: it is then not computed.
+    """
+
+    student_BT: Array | None = None
+    teacher_BT: Array | None = None
+    ref_BT: Array | None = None
+    reward_B: Array | None = None
+
+
+@struct.dataclass
+class TrainState:
+    """What a checkpoint holds of the training: step int32 scalar, params, optax state."""
+
+    step: Array
+    params: Params
+    opt_state: Any
+
+
+@struct.dataclass
+class Mean:
+    """A mean kept as its (total, count) until it is written: exact under any split of a batch."""
+
+    total: Array
+    count: Array
+
+    @classmethod
+    def of(cls, values, mask=None):
+        """Mean of `values` (any shape) where `mask` (same shape; None: everywhere) is True."""
+        values = jnp.asarray(values, jnp.float32)
+        if mask is None:
+            return cls(values.sum(), jnp.float32(values.size))
+        return cls(jnp.where(mask, values, 0.0).sum(), mask.sum().astype(jnp.float32))
+
+    def value(self) -> float:
+        """total / count on the host; NaN for an empty mean."""
+        count = float(self.count)
+        return float(self.total) / count if count else float("nan")
