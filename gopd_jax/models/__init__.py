@@ -1,0 +1,1 @@
+"""Decoders, their parameters, and Hugging Face checkpoints of them."""

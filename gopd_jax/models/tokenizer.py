@@ -1,0 +1,282 @@
+"""Text to ids and back, and the chat template, from the files of a Hugging Face directory."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import hashlib
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.meta
+import jinja2.nodes
+import jinja2.sandbox
+import tokenizers
+
+
+class _Generation(jinja2.ext.Extension):
+    """{% generation %} ... {% endgeneration %}, which marks assistant text, renders as its body."""
+
+    tags = {"generation"}
+
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.Scope(body).set_lineno(line)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Tokenizer:
+    """One model's ids and chat template.
+
+    contents[id] is the token's text as the vocabulary spells it, None where no token has the id;
+    eos_ids end a completion, the first is the one to append; pad_id only fills: no mask is read
+    off ids.
+    """
+
+    path: str
+    contents: tuple[str | None, ...]
+    eos_ids: tuple[int, ...]
+    pad_id: int
+    template: str
+    special: dict[str, str]  # bos_token, eos_token, ... as the template's variables
+    backend: tokenizers.Tokenizer
+    compiled: jinja2.Template
+
+    @property
+    def vocab_size(self) -> int:
+        """Highest id + 1. A model's embedding may have more rows, never fewer."""
+        return len(self.contents)
+
+    def render(
+        self,
+        messages: Sequence[dict[str, str]],
+        *,
+        add_generation_prompt: bool = True,
+        **options: Any,
+    ) -> list[int]:
+        """Ids of a chat under the template; `options` are its variables, enable_thinking=False say.
+
+        ValueError where the template refuses the messages. A template that asks for today's date
+        makes the ids depend on it.
+        """
+        try:
+            text = self.compiled.render(
+                **self.special,
+                messages=[dict(message) for message in messages],
+                add_generation_prompt=add_generation_prompt,
+                **{"tools": None, "documents": None, **options},
+            )
+        except (jinja2.TemplateError, TypeError) as error:
+            roles = [message.get("role") for message in messages]
+            raise ValueError(
+                f"the chat template of {self.path} refuses messages of roles {roles}: {error}"
+            ) from error
+        return self.encode(text)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text` with nothing added: no token at its start or end."""
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids` without special tokens and ids that name no token."""
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def fingerprint(self) -> str:
+        """Sixteen hex digits of id -> content: equal where a completion's ids mean the same."""
+        return _digest(self.contents)
+
+    def template_fingerprint(self) -> str:
+        """Sixteen hex digits of the template and of the special tokens that it writes."""
+        names = jinja2.meta.find_undeclared_variables(_environment().parse(self.template))
+        used = {name: token for name, token in self.special.items() if name in names}
+        return _digest([self.template, used])
+
+
+def load(path: str | Path) -> Tokenizer:
+    """The tokenizer of a Hugging Face directory; runs no code from it.
+
+    Reads tokenizer.json, tokenizer_config.json, chat_template.jinja (or the key chat_template of
+    tokenizer_config.json) and, where there is one, generation_config.json. ValueError names the
+    file that is missing or wrong.
+    """
+    path = Path(path)
+    backend = _backend(path / "tokenizer.json")
+    config = _json(path / "tokenizer_config.json")
+    contents = _contents(backend, config, path)
+    special = _special(config)
+    template = _template(config, path)
+    eos_ids = _eos_ids(config, special, contents, path)
+    pad_id = eos_ids[0]
+    if "pad_token" in special:
+        pad_id = _id_of("pad_token", special, contents, path)
+    try:
+        compiled = _environment().from_string(template)
+    except jinja2.TemplateError as error:
+        raise ValueError(f"the chat template of {path} cannot be read: {error}") from error
+    return Tokenizer(
+        path=str(path),
+        contents=contents,
+        eos_ids=eos_ids,
+        pad_id=pad_id,
+        template=template,
+        special=special,
+        backend=backend,
+        compiled=compiled,
+    )
+
+
+def differences(
+    a: Tokenizer, b: Tokenizer, limit: int | None = 5
+) -> list[tuple[int, str | None, str | None]]:
+    """The first `limit` (id, content in a, content in b) that differ; None where a side has no id.
+
+    limit None lists all of them.
+    """
+    pairs = enumerate(itertools.zip_longest(a.contents, b.contents))
+    differing = ((i, x, y) for i, (x, y) in pairs if x != y)
+    return list(itertools.islice(differing, limit))
+
+
+def require_same_ids(student: Tokenizer, other: Tokenizer, role: str) -> None:
+    """ValueError unless every id has the same content in both: completion ids are shared."""
+    if not (found := differences(student, other, limit=None)):
+        return
+    shown = "; ".join(f"id {i}: student {x!r}, {role} {y!r}" for i, x, y in found[:5])
+    raise ValueError(
+        f"{role} {other.path} ({other.vocab_size} ids) and student {student.path} "
+        f"({student.vocab_size} ids) differ in {len(found)} ids ({shown}). The {role} scores the "
+        f"student's ids, so give a {role} of the student's tokenizer"
+    )
+
+
+def _json(path: Path, optional: bool = False) -> dict:
+    """A JSON object's file; {} for one that may be missing and is."""
+    if not path.is_file():
+        if optional:
+            return {}
+        raise ValueError(f"there is no {path}; give the directory of a Hugging Face checkpoint")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}, not a JSON object")
+    return value
+
+
+def _backend(path: Path) -> tokenizers.Tokenizer:
+    if not path.is_file():
+        raise ValueError(
+            f"there is no {path}; save the tokenizer with transformers: "
+            "AutoTokenizer.from_pretrained(...).save_pretrained(directory)"
+        )
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises a bare Exception
+        raise ValueError(f"{path} is not a tokenizer: {error}") from error
+    # A file may ask for padding and cutting, which would change ids unseen.
+    backend.no_padding()
+    backend.no_truncation()
+    return backend
+
+
+def _contents(backend: tokenizers.Tokenizer, config: dict, path: Path) -> tuple[str | None, ...]:
+    """Content of each id; tokenizer_config.json may repeat the added tokens, not change them."""
+    ids = backend.get_vocab(with_added_tokens=True)
+    if not ids:
+        raise ValueError(f"{path / 'tokenizer.json'} has no tokens")
+    contents: list[str | None] = [None] * (max(ids.values()) + 1)
+    for content, i in ids.items():
+        contents[i] = content
+    for i, token in config.get("added_tokens_decoder", {}).items():
+        have = contents[int(i)] if int(i) < len(contents) else None
+        if have != token["content"]:
+            raise ValueError(
+                f"id {i} is {token['content']!r} in {path / 'tokenizer_config.json'} and {have!r} "
+                "in tokenizer.json; save the tokenizer again with transformers' save_pretrained"
+            )
+    return tuple(contents)
+
+
+def _special(config: dict) -> dict[str, str]:
+    """bos_token, eos_token, ...: each a text, or an object with its content."""
+    named = {key: value for key, value in config.items() if key.endswith("_token")}
+    texts = {k: v["content"] if isinstance(v, dict) else v for k, v in named.items()}
+    return {key: text for key, text in texts.items() if isinstance(text, str)}
+
+
+def _template(config: dict, path: Path) -> str:
+    if (file := path / "chat_template.jinja").is_file():
+        return file.read_text(encoding="utf-8")
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several by name
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    if not isinstance(template, str):
+        raise ValueError(
+            f"{path} has no chat template: there is no chat_template.jinja, nor a chat_template "
+            "(with the name default, if there are several) in tokenizer_config.json; copy "
+            "chat_template.jinja from the instruction-tuned model of the same family"
+        )
+    return template
+
+
+def _id_of(name: str, special: dict[str, str], contents: tuple, path: Path) -> int:
+    try:
+        return contents.index(special[name])
+    except ValueError:
+        raise ValueError(
+            f"{name} is {special[name]!r} in {path / 'tokenizer_config.json'}, which is no token "
+            "of tokenizer.json"
+        ) from None
+
+
+def _eos_ids(config: dict, special: dict[str, str], contents: tuple, path: Path) -> tuple[int, ...]:
+    """The ends that generation_config.json lists, in its order, then the tokenizer's own."""
+    ids = _json(path / "generation_config.json", optional=True).get("eos_token_id")
+    ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+    for i in ids:
+        if type(i) is not int or not 0 <= i < len(contents) or contents[i] is None:
+            raise ValueError(
+                f"eos_token_id has {i!r} in {path / 'generation_config.json'}, and tokenizer.json "
+                f"has no such id; its highest is {len(contents) - 1}"
+            )
+    if "eos_token" in special:
+        ids = [*ids, _id_of("eos_token", special, contents, path)]
+    if not ids:
+        raise ValueError(
+            f"{path} names no end token: set eos_token in tokenizer_config.json or eos_token_id in "
+            "generation_config.json"
+        )
+    return tuple(dict.fromkeys(ids))
+
+
+def _environment() -> jinja2.Environment:
+    """Templates are downloaded text: they run in a sandbox and see plain values only."""
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
+    # Jinja's own tojson escapes HTML, which would change what the model reads.
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    return environment
+
+
+def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _raise_exception(message: str):
+    raise jinja2.TemplateError(message)
+
+
+def _digest(value) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,268 @@
+import json
+
+import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors
+
+from gopd_jax.models import tokenizer as tokenizer_lib
+
+# The constructs that Qwen3's template uses: namespaces, reversed lists, text methods, tests for
+# defined values, tools as JSON, trimmed blocks on lines of their own.
+TEMPLATE = """{%- if tools %}
+    {{- '<|im_start|>system\\n' }}
+    {%- if messages[0].role == 'system' %}
+        {{- messages[0].content + '\\n\\n' }}
+    {%- endif %}
+    {%- for tool in tools %}
+        {{- "Tool: " + (tool | tojson) + "\\n" }}
+    {%- endfor %}
+    {{- '<|im_end|>\\n' }}
+{%- elif messages[0].role == 'system' %}
+    {{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}
+{%- endif %}
+{%- set ns = namespace(last_query=-1) %}
+{%- for message in messages[::-1] %}
+    {%- set index = (messages|length - 1) - loop.index0 %}
+    {%- if ns.last_query < 0 and message.role == "user" and message.content is string %}
+        {%- set ns.last_query = index %}
+    {%- endif %}
+{%- endfor %}
+{%- for message in messages %}
+    {%- if message.role == "user" or (message.role == "system" and not loop.first) %}
+        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}
+    {%- elif message.role == "assistant" %}
+        {%- set content = message.content %}
+        {%- if '</think>' in content %}
+            {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
+        {%- endif %}
+        {{- '<|im_start|>' + message.role + '\\n' }}
+        {%- if message.reasoning_content is defined and loop.index0 > ns.last_query %}
+            {{- '<think>\\n' + message.reasoning_content.strip('\\n') + '\\n</think>\\n\\n' }}
+        {%- endif %}
+        {% generation %}{{- content + '<|im_end|>\\n' }}{% endgeneration %}
+    {%- elif message.role != "system" %}
+        {{- raise_exception('no role ' + message.role) }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\\n\\n</think>\\n\\n' }}
+    {%- endif %}
+{%- endif %}
+"""
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+
+
+def write(path, *, special=SPECIAL, template=TEMPLATE, generation=None, **config):
+    """A byte-level tokenizer in Hugging Face files; ids 0 .. 255 are bytes, then `special`."""
+    path.mkdir(exist_ok=True)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = tokenizers.Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(list(special))
+    # Llama's tokenizers start every text with a token and this one does so too; files that were
+    # saved after a batch was encoded ask for cutting.
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{special[0]} $A", special_tokens=[(special[0], 256)]
+    )
+    backend.enable_truncation(max_length=4)
+    backend.save(str(path / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": special[-1], **config}
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    if template is not None:
+        (path / "chat_template.jinja").write_text(template)
+    if generation is not None:
+        (path / "generation_config.json").write_text(json.dumps(generation))
+    return path
+
+
+CHATS = [
+    [{"role": "user", "content": 'Is 2 < 3 & "é" > 1?\n'}],
+    [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "1+1"},
+        {"role": "assistant", "content": "<think>\nhm\n</think>\n\n2", "reasoning_content": "hm\n"},
+        {"role": "user", "content": "<|im_end|> and more"},
+        {"role": "assistant", "content": "3", "reasoning_content": "yes"},
+    ],
+]
+OPTIONS = [
+    {},
+    {"enable_thinking": False},
+    {"add_generation_prompt": False},
+    {"tools": [{"type": "function", "function": {"name": "f<é>", "parameters": {}}}]},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("chat", CHATS)
+def test_rendered_chats_are_those_of_transformers(tmp_path, chat, options):
+    from transformers import PreTrainedTokenizerFast
+
+    path = write(tmp_path)
+    theirs = PreTrainedTokenizerFast.from_pretrained(str(path))
+    arguments = {"add_generation_prompt": True} | options
+    want = theirs.apply_chat_template(chat, tokenize=True, return_dict=False, **arguments)
+    assert tokenizer_lib.load(path).render(chat, **options) == want
+
+
+def test_templates_see_the_special_tokens_that_transformers_shows_them(tmp_path):
+    from transformers import PreTrainedTokenizerFast
+
+    template = (
+        "{{ bos_token }}{{ eos_token }}{{ pad_token is defined }}{{ messages[0].content }}"
+        "{{ tools is defined }}{{ documents is defined }}{{ enable_thinking is defined }}"
+    )
+    bos = {"__type": "AddedToken", "content": SPECIAL[1], "special": True}
+    path = write(tmp_path, template=template, bos_token=bos, add_bos_token=False)
+    theirs = PreTrainedTokenizerFast.from_pretrained(str(path))
+    want = theirs.apply_chat_template(CHATS[0], return_dict=False)
+    assert tokenizer_lib.load(path).render(CHATS[0]) == want
+
+
+def test_any_text_makes_the_round_trip_and_nothing_is_added_or_cut(tmp_path):
+    tokenizer = tokenizer_lib.load(write(tmp_path))
+    text = "grüße,\n\t\\frac{1}{2} 🙂 longer than four tokens"
+    assert len(tokenizer.encode(text)) == len(text.encode())
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_decoding_drops_special_tokens_and_ids_of_the_padded_embedding(tmp_path):
+    tokenizer = tokenizer_lib.load(write(tmp_path))
+    ids = tokenizer.encode("ab<|im_end|>c<|endoftext|>")
+    assert ids[2:] == [258, *tokenizer.encode("c"), 256]
+    assert tokenizer.decode([*ids, 999]) == "abc"
+
+
+def test_a_date_in_a_template_is_todays(tmp_path):
+    import datetime
+
+    path = write(tmp_path, template="{{ strftime_now('%Y') }}")
+    tokenizer = tokenizer_lib.load(path)
+    assert tokenizer.decode(tokenizer.render([])) == str(datetime.datetime.now().year)
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "want"),
+    [
+        (None, {}, (258,)),
+        ({"eos_token_id": 256}, {}, (256, 258)),
+        ({"eos_token_id": [258, 256]}, {}, (258, 256)),
+        ({"eos_token_id": [257]}, {"eos_token": None}, (257,)),
+        ({}, {"eos_token": {"content": "<|im_start|>"}}, (257,)),
+    ],
+)
+def test_end_ids_are_those_of_both_files(tmp_path, generation, config, want):
+    tokenizer = tokenizer_lib.load(write(tmp_path, generation=generation, **config))
+    assert tokenizer.eos_ids == want
+    assert tokenizer.pad_id == want[0]
+
+
+def test_sizes_and_padding_come_from_the_files(tmp_path):
+    tokenizer = tokenizer_lib.load(write(tmp_path, pad_token="<|endoftext|>"))
+    assert (tokenizer.vocab_size, tokenizer.pad_id, tokenizer.eos_ids) == (259, 256, (258,))
+
+
+def test_a_template_in_the_configuration_is_read_and_the_file_comes_first(tmp_path):
+    config = {
+        "chat_template": [
+            {"name": "tool", "template": "t"},
+            {"name": "default"} | {"template": "d"},
+        ]
+    }
+    tokenizer = tokenizer_lib.load(write(tmp_path / "a", template=None, **config))
+    assert tokenizer.decode(tokenizer.render([])) == "d"
+    tokenizer = tokenizer_lib.load(write(tmp_path / "b", template=None, chat_template="one"))
+    assert tokenizer.decode(tokenizer.render([])) == "one"
+    tokenizer = tokenizer_lib.load(write(tmp_path / "c", template="file", chat_template="one"))
+    assert tokenizer.decode(tokenizer.render([])) == "file"
+
+
+def test_templates_cannot_leave_the_sandbox_or_change_the_messages(tmp_path):
+    escape = "{{ messages.__class__.__mro__[1].__subclasses__() }}"
+    for i, template in enumerate([escape, "{{ messages.append(1) }}"]):
+        tokenizer = tokenizer_lib.load(write(tmp_path / str(i), template=template))
+        with pytest.raises(ValueError, match=r"unsafe|not safely callable"):
+            tokenizer.render(CHATS[0])
+
+
+def test_a_refusal_of_the_template_names_its_directory_and_the_roles(tmp_path):
+    tokenizer = tokenizer_lib.load(write(tmp_path))
+    with pytest.raises(ValueError, match=r"roles \['judge'\]: no role judge") as error:
+        tokenizer.render([{"role": "judge", "content": "x"}])
+    assert str(tmp_path) in str(error.value)
+
+
+def test_fingerprints_tell_ids_and_templates_apart(tmp_path):
+    base = tokenizer_lib.load(write(tmp_path / "base"))
+    same = tokenizer_lib.load(write(tmp_path / "same", pad_token=SPECIAL[0], bos_token=SPECIAL[1]))
+    swapped = tokenizer_lib.load(write(tmp_path / "swapped", special=(*SPECIAL[1:], SPECIAL[0])))
+    assert same.fingerprint() == base.fingerprint() != swapped.fingerprint()
+    # This template writes no special token by its variable, so other ones do not matter ...
+    assert same.template_fingerprint() == base.template_fingerprint()
+    assert swapped.template_fingerprint() == base.template_fingerprint()
+    # ... and here it does.
+    written = [
+        tokenizer_lib.load(write(tmp_path / eos, template="{{ eos_token }}", eos_token=eos))
+        for eos in SPECIAL[:2]
+    ]
+    assert written[0].template_fingerprint() != written[1].template_fingerprint()
+    assert written[0].template_fingerprint() != base.template_fingerprint()
+
+
+def test_differences_lists_changed_and_extra_ids(tmp_path):
+    a = tokenizer_lib.load(write(tmp_path / "a"))
+    b = tokenizer_lib.load(
+        write(tmp_path / "b", special=("<|endoftext|>", "<|x|>", "<|im_end|>", "<|y|>"))
+    )
+    assert tokenizer_lib.differences(a, a) == []
+    assert tokenizer_lib.differences(a, b) == [(257, "<|im_start|>", "<|x|>"), (259, None, "<|y|>")]
+    assert tokenizer_lib.differences(b, a, limit=1) == [(257, "<|x|>", "<|im_start|>")]
+    tokenizer_lib.require_same_ids(a, a, "teacher")
+    with pytest.raises(
+        ValueError, match=r"teacher math .*\(260 ids\) .*\(259 ids\) differ in 2 ids"
+    ) as error:
+        tokenizer_lib.require_same_ids(a, b, "teacher math")
+    assert "id 257: student '<|im_start|>', teacher math '<|x|>'; id 259" in str(error.value)
+    assert "give a teacher math of the student's tokenizer" in str(error.value)
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
+def test_a_missing_file_is_named(tmp_path, file):
+    (write(tmp_path) / file).unlink()
+    with pytest.raises(ValueError, match=file.replace(".", r"\.")) as error:
+        tokenizer_lib.load(tmp_path)
+    assert str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
+def test_a_broken_file_is_named(tmp_path, file):
+    (write(tmp_path) / file).write_text("{% broken")
+    with pytest.raises(
+        ValueError, match=file.replace(".", r"\.") + "|the chat template of"
+    ) as error:
+        tokenizer_lib.load(tmp_path)
+    assert str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "message"),
+    [
+        ({"eos_token": None}, {}, "names no end token: set eos_token"),
+        ({"eos_token": "<eos>"}, {}, "eos_token is '<eos>' in .* no token of tokenizer.json"),
+        ({"pad_token": "<pad>"}, {}, "pad_token is '<pad>' in .* no token of tokenizer.json"),
+        ({}, {"eos_token_id": 300}, r"eos_token_id has 300 in .*generation_config\.json.*258"),
+        ({}, {"eos_token_id": ["a"]}, "eos_token_id has 'a'"),
+        (
+            {"added_tokens_decoder": {"257": {"content": "<|other|>"}}},
+            {},
+            "id 257 is '<|other|>' in .* and '<|im_start|>' in tokenizer.json",
+        ),
+    ],
+)
+def test_files_that_disagree_are_refused(tmp_path, config, generation, message):
+    path = write(tmp_path, generation=generation, **config)
+    with pytest.raises(ValueError, match=message.replace("|", r"\|")):
+        tokenizer_lib.load(path)
