@@ -1,0 +1,330 @@
+"""Checkpoints against transformers' own models (marker torch), and round trips."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from gopd_jax import sharding
+from gopd_jax.models import decoder as lm
+from gopd_jax.models import hf
+from gopd_jax.models import params as lm_params
+from gopd_jax.models.params import Llama3Rope, ModelConfig
+
+QWEN3 = ModelConfig(
+    architecture="qwen3",
+    vocab_size=97,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=12,
+    rms_norm_eps=1e-6,
+    rope_theta=1e4,
+    tie_word_embeddings=True,
+    max_position_embeddings=64,
+    bos_token_id=1,
+    eos_token_id=(2, 3),
+    pad_token_id=0,
+)
+LLAMA = dataclasses.replace(
+    QWEN3,
+    architecture="llama",
+    head_dim=8,
+    rms_norm_eps=1e-5,
+    rope_theta=500.0,
+    rope_scaling=Llama3Rope(
+        factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16
+    ),
+    tie_word_embeddings=False,
+    eos_token_id=2,
+)
+MODELS = {
+    "qwen3": QWEN3,
+    "qwen3_untied": dataclasses.replace(QWEN3, tie_word_embeddings=False),
+    "llama": LLAMA,
+    "llama_tied_plain_rope": dataclasses.replace(
+        LLAMA, tie_word_embeddings=True, rope_scaling=None
+    ),
+}
+EACH = pytest.mark.parametrize("cfg", MODELS.values(), ids=MODELS.keys())
+LEFT, N_PROMPT, LENGTH = np.array([0, 2, 5]), 8, 20
+
+
+def random_params(cfg, seed=0):
+    """Large weights, so that every part of the model shows in its logits."""
+    draw = np.random.default_rng(seed).normal
+    return lm_params.tree(
+        cfg,
+        lambda row: draw(row.name.endswith("norm"), 0.2, row.shape(cfg)).astype(np.float32),
+    )
+
+
+def batch():
+    tokens_BL = np.random.default_rng(1).integers(4, 97, (len(LEFT), LENGTH), np.int32)
+    return tokens_BL, np.arange(LENGTH) >= LEFT[:, None]
+
+
+def our_logits(cfg, params):
+    tokens_BL, valid_BL = batch()
+    decoder = lm.Decoder(cfg)
+    hidden_BLD = jax.jit(lm.hidden, static_argnums=0)(decoder, params, tokens_BL, valid_BL)
+    return np.asarray(lm.logits(decoder, params, hidden_BLD))
+
+
+def torch_logits(model):
+    import torch
+
+    tokens_BL, valid_BL = (torch.tensor(x) for x in batch())
+    position_BL = (valid_BL.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        out = model(tokens_BL.long(), attention_mask=valid_BL.long(), position_ids=position_BL)
+    return out.logits.numpy()
+
+
+def torch_load(path):
+    from transformers import AutoModelForCausalLM
+
+    model, info = AutoModelForCausalLM.from_pretrained(
+        path, dtype="float32", attn_implementation="eager", output_loading_info=True
+    )
+    assert not any(info.values()), info
+    return model.eval()
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """(path, cfg, params) of a checkpoint to damage."""
+    path, params = tmp_path / "model", random_params(QWEN3)
+    hf.save(path, QWEN3, params)
+    return path, QWEN3, params
+
+
+@pytest.mark.torch
+@EACH
+def test_what_we_save_transformers_loads_with_equal_logits(cfg, tmp_path):
+    params = random_params(cfg)
+    hf.save(tmp_path / "model", cfg, params)
+    want_BLV, valid_BL = torch_logits(torch_load(tmp_path / "model")), batch()[1]
+    got_BLV = our_logits(cfg, params)
+    assert want_BLV.std() > 0.5
+    np.testing.assert_allclose(got_BLV[valid_BL], want_BLV[valid_BL], atol=1e-4)
+
+
+@pytest.mark.torch
+@EACH
+def test_what_transformers_saves_we_load_with_equal_logits(cfg, tmp_path):
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    name = lm_params.ARCHITECTURES[cfg.architecture][0]
+    config_class = transformers.CONFIG_MAPPING[cfg.architecture]
+    rope = {"rope_type": "default"}
+    if cfg.rope_scaling is not None:
+        rope = {"rope_type": "llama3", **dataclasses.asdict(cfg.rope_scaling)}
+    not_theirs = ("architecture", "rope_theta", "rope_scaling")
+    names = {field.name for field in dataclasses.fields(cfg)}.difference(not_theirs)
+    fields = {key: value for key, value in lm_params.to_hf(cfg).items() if key in names}
+    config = config_class(**fields, rope_parameters=rope | {"rope_theta": cfg.rope_theta})
+    model = getattr(transformers, name)(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+    model.save_pretrained(tmp_path / "model", max_shard_size="20KB")
+    assert (tmp_path / "model" / hf.INDEX).is_file()
+
+    loaded = hf.load_config(tmp_path / "model")
+    assert loaded == cfg
+    got_BLV = our_logits(loaded, hf.load_params(tmp_path / "model", loaded))
+    valid_BL = batch()[1]
+    np.testing.assert_allclose(got_BLV[valid_BL], torch_logits(model)[valid_BL], atol=1e-4)
+
+
+@pytest.mark.torch
+@EACH
+def test_greedy_decoding_equals_transformers_token_for_token(cfg, tmp_path):
+    import torch
+
+    cfg = dataclasses.replace(cfg, eos_token_id=None)
+    params = random_params(cfg, seed=3)
+    hf.save(tmp_path / "model", cfg, params)
+    tokens_BP, valid_BP = (x[:, :N_PROMPT] for x in batch())
+    want_BL = torch_load(tmp_path / "model").generate(
+        torch.tensor(tokens_BP).long(),
+        attention_mask=torch.tensor(valid_BP).long(),
+        do_sample=False,
+        max_new_tokens=LENGTH - N_PROMPT,
+    )
+
+    decoder, decode = lm.Decoder(cfg), jax.jit(lm.decode, static_argnums=0)
+    hidden_BD, cache = lm.prefill(decoder, params, tokens_BP, valid_BP, length=LENGTH)
+    got = []
+    for _ in range(LENGTH - N_PROMPT):
+        got.append(jnp.argmax(lm.logits(decoder, params, hidden_BD), -1).astype(jnp.int32))
+        hidden_BD, cache = decode(decoder, params, got[-1], cache)
+    np.testing.assert_array_equal(np.stack(got, 1), want_BL[:, N_PROMPT:].numpy())
+
+
+@EACH
+def test_a_saved_model_is_loaded_bit_for_bit(cfg, tmp_path):
+    params = random_params(cfg)
+    hf.save(tmp_path / "runs" / "model", cfg, params)
+    assert hf.load_config(tmp_path / "runs" / "model") == cfg
+    loaded = hf.load_params(tmp_path / "runs" / "model", cfg)
+    assert jax.tree.structure(loaded) == jax.tree.structure(params)
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+    assert [p.name for p in (tmp_path / "runs").iterdir()] == ["model"]
+
+
+def test_names_and_layout_are_those_of_hugging_face(saved):
+    path, cfg, params = saved
+    tensors = load_file(path / hf.WEIGHTS)
+    assert len(tensors) == 2 + 11 * cfg.num_hidden_layers
+    layer = params["layers"]
+    # y = W x with W [out, in], heads in runs of head_dim rows.
+    want = layer["q"][1].reshape(32, 4 * 12).T
+    np.testing.assert_array_equal(tensors["model.layers.1.self_attn.q_proj.weight"], want)
+    want = layer["o"][0].reshape(4 * 12, 32).T
+    np.testing.assert_array_equal(tensors["model.layers.0.self_attn.o_proj.weight"], want)
+    np.testing.assert_array_equal(tensors["model.layers.0.mlp.up_proj.weight"], layer["up"][0].T)
+    np.testing.assert_array_equal(tensors["model.embed_tokens.weight"], params["embed"])
+
+
+def test_bfloat16_is_stored_rounded_and_read_as_float32(tmp_path):
+    params = random_params(LLAMA)
+    hf.save(tmp_path / "model", LLAMA, params, dtype="bfloat16")
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["dtype"] == "bfloat16"
+    loaded = hf.load_params(tmp_path / "model", LLAMA)
+    want = jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16).astype(np.float32), params)
+    assert {x.dtype for x in jax.tree.leaves(loaded)} == {jnp.dtype("float32")}
+    jax.tree.map(np.testing.assert_array_equal, loaded, want)
+
+
+def test_any_block_of_any_parameter_is_read_as_a_slice_of_the_whole(saved):
+    path, cfg, params = saved
+    views = load_file(path / hf.WEIGHTS)
+    draw = np.random.default_rng(0)
+    for row in lm_params.table(cfg):
+        for _ in range(20):
+            shape = row.shape(cfg)
+            bounds = [sorted(draw.integers(0, size + 1, 2)) for size in shape]
+            index = tuple(slice(None) if draw.random() < 0.3 else slice(*b) for b in bounds)
+            got = (
+                hf._read(row, views, cfg, index) if 0 not in np.empty(shape)[index].shape else None
+            )
+            if got is not None:
+                np.testing.assert_array_equal(got, lm_params.leaf(params, row)[index])
+
+
+def test_sharded_loading_reads_into_the_given_shardings(saved):
+    path, cfg, params = saved
+    auto = (jax.sharding.AxisType.Auto,) * 3
+    mesh = jax.make_mesh((1, 1, 1), sharding.AXES, axis_types=auto, devices=jax.devices()[:1])
+    shardings = sharding.shardings(mesh, lm_params.logical_axes(cfg))
+    loaded = hf.load_params(path, cfg, shardings=shardings)
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+    assert jax.tree.map(lambda x: x.sharding, loaded) == shardings
+
+
+def test_a_checkpoint_in_several_files_is_read_through_its_index(saved):
+    path, cfg, params = saved
+    tensors, files = load_file(path / hf.WEIGHTS), ("a.safetensors", "b.safetensors")
+    names = sorted(tensors)
+    halves = dict(zip(files, (names[:9], names[9:])))
+    for file, part in halves.items():
+        save_file({name: tensors[name] for name in part}, path / file)
+    where = {name: file for file, part in halves.items() for name in part}
+    (path / hf.INDEX).write_text(json.dumps({"weight_map": where}))
+    (path / hf.WEIGHTS).unlink()
+    jax.tree.map(np.testing.assert_array_equal, hf.load_params(path, cfg), params)
+    (path / "b.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"has no \['b.safetensors'\]; copy the weights again"):
+        hf.load_params(path, cfg)
+
+
+def test_the_digest_tells_weights_and_config_apart_and_nothing_else(saved, tmp_path):
+    path, cfg, params = saved
+    digest = hf.weights_digest(path)
+    shutil.copytree(path, tmp_path / "copy")
+    (tmp_path / "copy" / "generation_config.json").unlink()
+    assert hf.weights_digest(tmp_path / "copy") == digest
+    params["final_norm"][0] = np.nextafter(params["final_norm"][0], np.float32(2))
+    hf.save(path, cfg, params)
+    hf.save(tmp_path / "eps", dataclasses.replace(cfg, rms_norm_eps=1e-5), params)
+    assert len({digest, hf.weights_digest(path), hf.weights_digest(tmp_path / "eps")}) == 3
+
+
+def test_tokenizer_files_come_along(saved, tmp_path):
+    _, cfg, params = saved
+    source = tmp_path / "tokenizer"
+    source.mkdir()
+    with pytest.raises(ValueError, match=r"no tokenizer.json"):
+        hf.save(tmp_path / "new", cfg, params, tokenizer_dir=source)
+    for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json", "weights.bin"):
+        (source / name).write_text(name)
+    hf.save(tmp_path / "new", cfg, params, tokenizer_dir=source)
+    found = {file.name for file in (tmp_path / "new").iterdir()}
+    want = {"config.json", hf.WEIGHTS, *(f.name for f in source.iterdir())} - {"weights.bin"}
+    assert found == want
+    assert (tmp_path / "new" / "generation_config.json").read_text() == "generation_config.json"
+
+
+@pytest.mark.parametrize("stage", ["writing", "renaming"])
+def test_a_save_that_fails_leaves_the_old_checkpoint_and_no_rubbish(saved, monkeypatch, stage):
+    path, cfg, params = saved
+    digest, rename = hf.weights_digest(path), hf.os.rename
+
+    def full(*args, **kwargs):
+        raise OSError("no space left")
+
+    def stuck(source, target):
+        return full() if source.name == "new" else rename(source, target)
+
+    monkeypatch.setattr(
+        *((hf, "save_file", full) if stage == "writing" else (hf.os, "rename", stuck))
+    )
+    with pytest.raises(OSError, match="no space"):
+        hf.save(path, cfg, random_params(cfg, seed=1))
+    assert hf.weights_digest(path) == digest
+    assert [file.name for file in path.parent.iterdir()] == ["model"]
+
+
+def test_save_refuses_another_directory_another_dtype_and_another_models_params(saved):
+    path, cfg, params = saved
+    other = path.parent / "thesis"
+    other.mkdir()
+    (other / "chapter1.tex").write_text("")
+    with pytest.raises(ValueError, match="thesis exists and is not a checkpoint"):
+        hf.save(other, cfg, params)
+    with pytest.raises(ValueError, match=r"dtype is 'float16'; it is one of"):
+        hf.save(path, cfg, params, dtype="float16")
+    untied = MODELS["qwen3_untied"]
+    with pytest.raises(ValueError, match=r"params have no 'head'"):
+        hf.save(path, untied, params)
+    with pytest.raises(ValueError, match=r"params have \['head'\], which qwen3 has not"):
+        hf.save(path, cfg, random_params(untied))
+    with pytest.raises(ValueError, match=r"'embed'\] has shape \(97, 32\).*\(99, 32\)"):
+        hf.save(path, dataclasses.replace(cfg, vocab_size=99), params)
+
+
+@EACH
+def test_both_spellings_of_rope_say_the_same(cfg):
+    new = lm_params.to_hf(cfg)
+    old = {key: value for key, value in new.items() if key != "rope_parameters"}
+    del new["rope_theta"], new["rope_scaling"]
+    assert lm_params.from_hf(old) == lm_params.from_hf(new) == cfg
+
+
+def test_fields_that_change_nothing_are_accepted():
+    config = lm_params.to_hf(QWEN3)
+    config |= {"attention_dropout": 0.1, "sliding_window": 4096, "max_window_layers": 28}
+    config |= {"use_cache": False, "layer_types": ["full_attention"] * 2, "pretraining_tp": 1}
+    assert lm_params.from_hf(config) == QWEN3

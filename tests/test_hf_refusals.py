@@ -1,0 +1,145 @@
+"""Checkpoints that are damaged or not implemented are refused, with the file and the cure named."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from gopd_jax.models import hf
+from gopd_jax.models import params as lm_params
+
+CONFIG = lm_params.ModelConfig(
+    architecture="qwen3",
+    vocab_size=97,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=12,
+    rms_norm_eps=1e-6,
+    rope_theta=1e4,
+    tie_word_embeddings=True,
+)
+
+
+@pytest.fixture
+def path(tmp_path):
+    """A sound checkpoint, to be damaged."""
+    draw = np.random.default_rng(0).normal
+    params = lm_params.tree(CONFIG, lambda row: draw(0, 1, row.shape(CONFIG)).astype(np.float32))
+    hf.save(tmp_path / "model", CONFIG, params)
+    return tmp_path / "model"
+
+
+def edit_config(path, **changes):
+    config = json.loads((path / "config.json").read_text()) | changes
+    (path / "config.json").write_text(json.dumps(config))
+
+
+def edit_weights(path, change):
+    tensors = load_file(path / hf.WEIGHTS)
+    change(tensors)
+    save_file(tensors, path / hf.WEIGHTS)
+
+
+def cut(path, n_bytes):
+    content = (path / hf.WEIGHTS).read_bytes()
+    (path / hf.WEIGHTS).write_bytes(content[:n_bytes])
+
+
+def pickled(path):
+    (path / hf.WEIGHTS).unlink()
+    (path / "pytorch_model.bin").write_bytes(b"")
+
+
+NORM = "model.norm.weight"
+DAMAGE = {
+    "no directory": (shutil.rmtree, "is not a directory; give one with config.json"),
+    "no config": (lambda p: (p / "config.json").unlink(), "has no config.json; copy it"),
+    "half a config": (lambda p: (p / "config.json").write_text("{"), "config.json is not JSON"),
+    "no weights": (lambda p: (p / hf.WEIGHTS).unlink(), r"has no \['model.safetensors'\]; copy"),
+    "pickle": (pickled, r"only \['pytorch_model.bin'\], which are pickles.*save_pretrained"),
+    "truncated": (lambda p: cut(p, -1), "model.safetensors is truncated or corrupt.*copy it again"),
+    "truncated header": (lambda p: cut(p, 50), "model.safetensors is truncated or corrupt"),
+    "empty": (lambda p: cut(p, 0), "model.safetensors is truncated or corrupt"),
+    "index without map": (lambda p: (p / hf.INDEX).write_text("{}"), "has no weight_map"),
+    "missing tensor": (
+        lambda p: edit_weights(p, lambda t: t.pop(NORM)),
+        r"lack \['model.norm.weight'\] and have nothing beyond",
+    ),
+    "left-over tensor": (
+        lambda p: edit_weights(p, lambda t: t.update(extra=t[NORM])),
+        r"lack nothing and have \['extra'\] beyond",
+    ),
+    "fewer layers": (
+        lambda p: edit_config(p, num_hidden_layers=1),
+        r"have \['model.layers.1.*and 7 more beyond what config.json \(qwen3, 1 layers",
+    ),
+    "wrong shape": (
+        lambda p: edit_config(p, vocab_size=98),
+        r"model.embed_tokens.weight has shape \(97, 32\) and config.json describes \(98, 32\)",
+    ),
+    "quantised": (
+        lambda p: edit_weights(p, lambda t: t.update({NORM: t[NORM].astype(np.int8)})),
+        "model.norm.weight is stored as I8",
+    ),
+    "another head": (
+        lambda p: edit_weights(
+            p, lambda t: t.update({"lm_head.weight": 0 * t["model.embed_tokens.weight"]})
+        ),
+        "config.json ties the head.*set tie_word_embeddings to false",
+    ),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGE.values(), ids=DAMAGE.keys())
+def test_a_damaged_checkpoint_is_named_with_its_cure(path, damage, message):
+    damage(path)
+    with pytest.raises(ValueError, match=message) as caught:
+        hf.load_params(path, hf.load_config(path))
+    assert str(path) in str(caught.value)
+
+
+def test_a_tied_head_that_is_stored_too_is_accepted(path):
+    want = hf.load_params(path, CONFIG)
+    edit_weights(path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"]}))
+    jax.tree.map(np.testing.assert_array_equal, hf.load_params(path, CONFIG), want)
+
+
+UNSUPPORTED = {
+    "architecture": ({"model_type": "gpt2"}, r"'gpt2' is not supported; there are \['llama', 'q"),
+    "activation": ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+    "bias": ({"attention_bias": True}, "attention_bias = True"),
+    "mlp bias": ({"mlp_bias": True}, "mlp_bias = True"),
+    "window": ({"use_sliding_window": True}, "use_sliding_window = True"),
+    "window by layer": ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_att"),
+    "rope": ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type 'yarn'"),
+    "new rope": ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rope_type 'linear'"),
+    "half rope": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
+    "two thetas": ({"rope_parameters": {"rope_theta": 1e6}}, r"two rope_theta, \[10000.0, 1000000"),
+    "two ropes": (
+        {"rope_parameters": {"factor": 2.0}, "rope_scaling": {"factor": 4.0}},
+        r"differ in \['factor'\]",
+    ),
+    "llama3 without factor": ({"rope_scaling": {"rope_type": "llama3"}}, r"needs \['factor', "),
+    "quantised": ({"quantization_config": {"bits": 4}}, "quantization_config"),
+    "own code": ({"auto_map": {"AutoModel": "x.Y"}}, "auto_map"),
+    "no width": ({"hidden_size": None}, r"has no \['hidden_size'\]"),
+    "no theta": ({"rope_theta": None}, "no rope_theta"),
+    "heads": ({"num_key_value_heads": 3}, "4 is not a multiple of num_key_value_heads = 3"),
+    "odd width": ({"head_dim": 7}, "head_dim = 7 is odd"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), UNSUPPORTED.values(), ids=UNSUPPORTED.keys())
+def test_mathematics_that_is_not_implemented_is_refused(changes, message, tmp_path):
+    config = lm_params.to_hf(CONFIG)
+    del config["rope_parameters"]
+    (tmp_path / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(ValueError, match=message) as caught:
+        hf.load_config(tmp_path)
+    assert str(tmp_path) in str(caught.value)
