@@ -40,6 +40,8 @@ def resolve(text: str, entries: Mapping[str, Callable]) -> Callable:
     for keyword in call.keywords if call else ():
         if keyword.arg not in options:
             raise ValueError(f"{name.id} has no {[keyword.arg]}; it has {options}")
+        if keyword.arg in given:
+            raise ValueError(f"{text!r} gives {keyword.arg} twice; keep one")
         try:
             given[keyword.arg] = ast.literal_eval(keyword.value)
         except ValueError as error:
