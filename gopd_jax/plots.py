@@ -1,0 +1,244 @@
+"""A run's curves as inline <svg> whose colours are CSS variables of the page that holds them."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import re
+from collections.abc import Iterable
+
+import matplotlib
+import numpy as np
+from markupsafe import Markup
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+N_SERIES = 6  # colours --s0 ... of the page; further series begin again
+SMOOTH_FROM = 60  # points of a curve from which its running mean is drawn over it
+FEW = 12  # points of a curve up to which each is marked
+# What is drawn in these colours takes the page's --ink, --muted, --grid, --s0 ... instead.
+INK, MUTED, GRID, SERIES = "#010101", "#020202", "#030303", "#0102"
+STYLE = {
+    **{"svg.fonttype": "none", "svg.hashsalt": "gopd_jax", "font.size": 8.5},
+    **{"text.parse_math": False, "text.color": INK, "axes.axisbelow": True},
+    **{"axes.grid": True, "axes.grid.axis": "y", "grid.color": GRID, "grid.linewidth": 0.6},
+    **{"axes.edgecolor": GRID, "axes.spines.top": False, "axes.spines.right": False},
+    **{"axes.spines.left": False, "xtick.color": GRID, "xtick.labelcolor": MUTED},
+    **{"ytick.color": GRID, "ytick.labelcolor": MUTED, "ytick.major.size": 0},
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """What a workdir holds; `info` is run.json."""
+
+    name: str
+    metrics: list[dict]
+    timing: list[dict]
+    evaluation: list[dict]
+    samples: list[dict]
+    info: dict
+
+    def values(self, key: str, rows: str = "metrics") -> list[float]:
+        """The values under `key` of the rows that have one."""
+        return [value for _, value in curve(getattr(self, rows), key)]
+
+    def student(self) -> dict[int, dict[str, dict]]:
+        """The student's evaluations: step -> task -> row, in the order of steps."""
+        found: dict[int, dict[str, dict]] = {}
+        for row in sorted(self.evaluation, key=lambda row: row["step"]):
+            if row["model"] == "student":
+                found.setdefault(row["step"], {})[row["task"]] = row
+        return found
+
+    def others(self) -> dict[str, dict[str, dict]]:
+        """The other models' last evaluations: model -> task -> row."""
+        found: dict[str, dict[str, dict]] = {}
+        for row in self.evaluation:
+            if row["model"] != "student":
+                found.setdefault(row["model"], {})[row["task"]] = row
+        return found
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chart:
+    """The curve of a row's key (a second one dashed), with those of key/<task> beside it."""
+
+    title: str
+    unit: str
+    keys: tuple[str, ...]
+    percent: bool = False
+    rows: str = "metrics"
+
+
+CHARTS = (
+    Chart(
+        title="Reward",
+        unit="verifier's score of training completions",
+        keys=("reward",),
+        percent=True,
+    ),
+    Chart(title="KL(student ‖ teacher)", unit="nats a token, sampled", keys=("kl_teacher",)),
+    Chart(title="KL(student ‖ reference)", unit="nats a token, sampled", keys=("kl_ref",)),
+    Chart(title="Entropy of the student", unit="nats a token", keys=("entropy",)),
+    Chart(title="Completion length", unit="tokens", keys=("length", "length_p95")),
+    Chart(
+        title="Truncated",
+        unit="share of completions cut at the length limit",
+        keys=("truncated",),
+        percent=True,
+    ),
+    Chart(
+        title="Negative advantages",
+        unit="share of tokens",
+        keys=("advantage_negative",),
+        percent=True,
+    ),
+    Chart(title="Gradient norm", unit="global, before clipping", keys=("grad_norm",)),
+    Chart(
+        title="Throughput",
+        unit="completion tokens a second",
+        keys=("tokens_per_second",),
+        rows="timing",
+    ),
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Line:
+    """One curve: (step, value) points; half the height of its band at each; how it looks."""
+
+    label: str
+    points: list[tuple[float, float]]
+    colour: str
+    dashed: bool = False
+    level: bool = False  # one value for all steps, drawn from side to side
+    band: list[float] | None = None
+
+
+def series(i: int) -> str:
+    """The colour of the i-th task or run."""
+    return f"{SERIES}{i % N_SERIES:02x}"
+
+
+def css(colour: str) -> str:
+    """The page's variable that a colour stands for."""
+    fixed = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--grid)"}
+    return fixed.get(colour) or f"var(--s{int(colour.removeprefix(SERIES), 16)})"
+
+
+def running_mean(values: np.ndarray) -> np.ndarray:
+    """Centred mean over about a 25th of the values, five at least; over fewer at both ends."""
+    half = max(2, len(values) // 50)
+    total, at = np.concatenate([[0.0], np.cumsum(values)]), np.arange(len(values))
+    low, high = np.maximum(at - half, 0), np.minimum(at + half + 1, len(values))
+    return (total[high] - total[low]) / (high - low)
+
+
+def draw(lines: list[Line], *, name: str, percent: bool) -> Markup:
+    """The lines in one plot; `name` begins its ids, which have to differ within a page.
+
+    Curves of SMOOTH_FROM points or more: thin as they are, thick their running mean.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(4.4, 2.3), layout="constrained")
+        axes = figure.add_subplot()
+        for line in lines:
+            _add(axes, line)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+        axes.margins(x=0.02, y=0.08)
+        if percent:
+            axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.3g}%")
+        page = io.StringIO()
+        unsaid = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(page, format="svg", transparent=True, metadata=unsaid)
+    svg = page.getvalue()
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    svg = re.sub(r' (?:width|height)="[\d.]+pt"', "", svg, count=2)
+    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
+    return Markup(re.sub(rf"#0[123]0[123]0\d|{SERIES}0\d", lambda match: css(match[0]), svg))
+
+
+def _add(axes, line: Line) -> None:
+    style = {"color": line.colour, "linestyle": (0, (4, 2.5)) if line.dashed else "-"}
+    x, y = np.array(line.points, float).T
+    if line.level:
+        axes.axhline(y[0], linewidth=1.3, **style)
+        return
+    if line.band:
+        half = np.array(line.band)
+        axes.fill_between(x, y - half, y + half, color=line.colour, alpha=0.12, linewidth=0)
+    if len(x) >= SMOOTH_FROM:
+        if not line.dashed:
+            axes.plot(x, y, color=line.colour, linewidth=0.7, alpha=0.25)
+        y = running_mean(y)
+    marks = {"marker": "o", "markersize": 3} if len(x) <= FEW else {}
+    axes.plot(x, y, linewidth=1.6, **marks, **style)
+
+
+def tasks_of(runs: list[Run]) -> list[str]:
+    """Task names in the order of their first appearance, in evaluations and in metric keys."""
+    names = [row["task"] for run in runs for row in run.evaluation]
+    for run in runs:
+        names += [key.split("/", 1)[1] for row in run.metrics for key in row if "/" in key]
+    return list(dict.fromkeys(names))
+
+
+def curve(rows: Iterable[dict], key: str) -> list[tuple[float, float]]:
+    """(step, value) of the rows that have a value under `key`."""
+    return [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+
+
+def _figure(title: str, unit: str, lines: list[Line], *, name: str, percent: bool) -> dict:
+    """What the page needs of one plot."""
+    legend = dict.fromkeys((line.label, css(line.colour), line.dashed) for line in lines)
+    svg = draw(lines, name=name, percent=percent)
+    return {"title": title, "unit": unit, "svg": svg, "legend": [*legend]}
+
+
+def accuracy_figures(runs: list[Run], tasks: list[str]) -> list[dict]:
+    """A plot for each task: the student's accuracy by step, the other models' as levels."""
+    figures, unit = [], "held-out problems; band: ± 1 standard error"
+    for i, task in enumerate(tasks):
+        lines, levels = [], {}
+        for j, run in enumerate(runs):
+            rows = [by_task[task] for by_task in run.student().values() if task in by_task]
+            label, colour = (run.name, series(j)) if len(runs) > 1 else ("student", INK)
+            band = [row["stderr"] or 0.0 for row in rows]
+            lines.append(
+                Line(label=label, points=curve(rows, "accuracy"), colour=colour, band=band)
+            )
+            levels |= {m: by_task[task] for m, by_task in run.others().items() if task in by_task}
+        for model, row in levels.items():
+            own = model.removeprefix("teacher:")
+            if len(runs) > 1 and own != task:
+                continue
+            colour = series(tasks.index(own)) if len(runs) == 1 and own in tasks else MUTED
+            points = [(row["step"], row["accuracy"])]
+            lines.append(Line(label=model, points=points, colour=colour, dashed=True, level=True))
+        if lines := [line for line in lines if line.points]:
+            figures.append(_figure(task, unit, lines, name=f"a{i}", percent=True))
+    return figures
+
+
+def training_figures(runs: list[Run], tasks: list[str]) -> list[dict]:
+    """The plots of CHARTS whose keys some row has: of one run by task, of several by run."""
+    figures = []
+    for i, chart in enumerate(CHARTS):
+        lines = []
+        for j, run in enumerate(runs):
+            rows = getattr(run, chart.rows)
+            colour = series(j) if len(runs) > 1 else INK
+            for k, key in enumerate(chart.keys):
+                label = ("mean", "95th percentile")[k] if len(chart.keys) > 1 else "all"
+                label = " ".join([run.name, *["p95"][:k]]) if len(runs) > 1 else label
+                points = curve(rows, key)
+                lines.append(Line(label=label, points=points, colour=colour, dashed=k > 0))
+            for k, task in enumerate(tasks if len(runs) == 1 else ()):
+                points = curve(rows, f"{chart.keys[0]}/{task}")
+                lines.append(Line(label=task, points=points, colour=series(k)))
+        if lines := [line for line in lines if line.points]:
+            figure = _figure(chart.title, chart.unit, lines, name=f"t{i}", percent=chart.percent)
+            figures.append(figure)
+    return figures
