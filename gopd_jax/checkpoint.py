@@ -1,0 +1,142 @@
+"""Checkpoints of a run: written asynchronously, restored bit for bit, or refused.
+
+A checkpoint is the TrainState, a checksum of each of its arrays, and the run's identity: settings,
+data and models by content. Data and randomness are functions of the step, so nothing else has to be
+kept.
+"""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+
+def open_manager(workdir, *, keep: int) -> ocp.CheckpointManager:
+    """Orbax's manager of workdir/checkpoints, which keeps the newest `keep`.
+
+    Opening it creates the directory and removes what a killed save left half-written.
+    """
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+    return ocp.CheckpointManager(_directory(workdir), options=options)
+
+
+def restore(workdir, like, identity: dict[str, str]):
+    """The newest TrainState in workdir/checkpoints, or None where there is none. Writes nothing.
+
+    like: a TrainState of ShapeDtypeStructs with this run's shardings; the mesh and the number of
+    processes may differ from those it was saved on. ValueError where the checkpoint belongs to
+    another run, naming what differs, and where it cannot be read.
+    """
+    step = newest_step(workdir)
+    if step is None:
+        return None
+    path = _directory(workdir) / str(step)
+    saved = _read(path, "identity", ocp.args.JsonRestore())
+    if changes := differences(saved, identity):
+        raise ValueError(
+            f"{path} is of another run:\n  "
+            + "\n  ".join(changes)
+            + "\nUndo the changes to continue it, or give another --config.workdir to start anew"
+        )
+    sums = _read(path, "checksums", ocp.args.JsonRestore())
+    state = _read(path, "state", ocp.args.StandardRestore(like))
+    if wrong := [name for name, n in checksums(state).items() if sums.get(name) != n]:
+        more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+        raise _damaged(path, f"not what was saved are {wrong[:4]}{more}")
+    return state
+
+
+def newest_step(workdir) -> int | None:
+    """The step of the newest complete checkpoint, or None. ValueError where processes disagree."""
+    steps = _steps(_directory(workdir))
+    if jax.process_count() > 1:
+        newest = np.array(steps[-1] if steps else 0)
+        seen = multihost_utils.process_allgather(newest).reshape(-1).tolist()
+        if len(set(seen)) > 1:
+            raise ValueError(
+                f"the newest steps in {_directory(workdir)} are {seen} as the processes see it (0: "
+                "none); give a --config.workdir on storage that all of them share"
+            )
+    return steps[-1] if steps else None
+
+
+def save(manager: ocp.CheckpointManager, step: int, state, identity: dict[str, str]) -> None:
+    """Start writing this step's state; returns before it is on disk. A step is written once.
+
+    The next step may donate the state: JAX leaves buffers alone that the writer still reads.
+    """
+    if manager.latest_step() == step:
+        return
+    manager.save(
+        step,
+        args=ocp.args.Composite(
+            state=ocp.args.StandardSave(state),
+            checksums=ocp.args.JsonSave(checksums(state)),
+            identity=ocp.args.JsonSave(identity),
+        ),
+    )
+
+
+def checksums(state) -> dict[str, int]:
+    """Path of each array -> checksum of its bits, the same on any mesh."""
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
+    sums = [int(n) for n in np.asarray(_checksums(jax.tree.leaves(state)))]
+    return dict(zip(paths, sums))
+
+
+@jax.jit
+def _checksums(arrays):
+    """Sums, modulo 2^32, of an array's words, each times an odd number of its own place.
+
+    Odd, so that no change of one word goes unseen; integers, so that the order does not matter.
+    """
+
+    def one(x):
+        word = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
+        words = jax.lax.bitcast_convert_type(x, word).astype(jnp.uint32)
+        place = jnp.zeros(x.shape, jnp.uint32)
+        for axis, size in enumerate(x.shape):
+            place = place * size + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+        return jnp.sum(words * (2 * place + 1), dtype=jnp.uint32)
+
+    return jnp.stack([one(x) for x in arrays])
+
+
+def differences(saved: dict[str, str], now: dict[str, str]) -> list[str]:
+    """ "key: saved value in the checkpoint, value now" for each that differs."""
+    absent = "nothing"
+    return [
+        f"{key}: {saved.get(key, absent)} in the checkpoint, {now.get(key, absent)} now"
+        for key in sorted(saved.keys() | now.keys())
+        if saved.get(key) != now.get(key)
+    ]
+
+
+def _directory(workdir) -> Path:
+    return Path(workdir).absolute() / "checkpoints"
+
+
+def _steps(directory: Path) -> list[int]:
+    """Steps whose checkpoint is complete: Orbax renames a directory to its step's number last."""
+    names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def _read(path: Path, item: str, how):
+    """One item of a checkpoint. ValueError where it is damaged, whatever Orbax makes of that."""
+    try:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+            return reader.restore(path, args=ocp.args.Composite(**{item: how}))[item]
+    except Exception as error:
+        raise _damaged(path, f"{type(error).__name__}: {error}") from error
+
+
+def _damaged(path: Path, why: str) -> ValueError:
+    older = [step for step in _steps(path.parent) if step < int(path.name)]
+    then = f"continue from step {older[-1]}" if older else "start over"
+    return ValueError(
+        f"the checkpoint {path} cannot be read: {why}\nDelete that directory to {then}"
+    )

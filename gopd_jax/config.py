@@ -1,0 +1,192 @@
+"""Every setting of a run: its type, its default and one comment. `Config.problems()` checks them.
+
+Each is a flag, typed by its annotation: `--config.objective.lam=1.5`, `--config.profile=none`,
+`--config.data.tasks='("math", "code")'`. A section that may be None needs
+`--config.reference=build` before its fields.
+"""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+
+from absl import flags
+from ml_collections import config_flags
+
+from gopd_jax import problems
+
+
+@dataclass(slots=True, kw_only=True)
+class Model:
+    """One model: a Hugging Face directory."""
+
+    path: str | None = None  # of config.json, *.safetensors, tokenizer.json; None: not given yet
+    dtype: str = "float32"  # of the computation; logits and log-probs are float32 in any case
+
+
+@dataclass(slots=True, kw_only=True)
+class Data:
+    """Problems: microworld:train or microworld:train:math, .jsonl, .parquet, tfds:NAME:SPLIT."""
+
+    train: str = "microworld:train"  # problems to train on, drawn anew each epoch
+    test: str = "microworld:test"  # held-out problems; the first of each task are evaluated
+    tasks: tuple[str, ...] = ("math", "code")  # each has equal rows in a batch
+    prompt_length: int = 64  # tokens; a longer prompt is an error that counts them
+
+
+@dataclass(slots=True, kw_only=True)
+class Sampling:
+    """How the student samples."""
+
+    temperature: float = 1.0  # of every role: it divides the logits wherever log-probs are taken
+    completion_length: int = 32  # tokens, end token included
+
+
+@dataclass(slots=True, kw_only=True)
+class Batch:
+    """One step's rows: prompts * rollouts of them."""
+
+    prompts: int = 256  # distinct prompts a step
+    rollouts: int = 1  # completions of each prompt
+    microbatches: int = 1  # pieces that the update runs one after another, same gradient
+    head_chunk: int = 64  # positions whose logits exist at one time in scoring and in the loss
+
+
+@dataclass(slots=True, kw_only=True)
+class Objective:
+    """What is learnt from, as names in the tables of gopd_jax/objectives/."""
+
+    source: str = "student"  # who writes the completions: student (on-policy), teacher, data
+    advantage: str = "gopd"  # gopd, grpo, imitation
+    lam: float = 1.0  # G-OPD's lambda: 1 is OPD, > 1 extrapolates (ExOPD), 0 stays at the reference
+    loss: str = "policy_gradient"  # per token, from the advantage and the student's log-prob
+    reduction: str = "token_mean"  # token_mean, sequence_mean, sequence_sum(length=...)
+
+
+@dataclass(slots=True, kw_only=True)
+class Optimizer:
+    """AdamW; a step whose gradient is not finite is skipped and counted."""
+
+    learning_rate: float = 1e-5  # after the warm-up
+    schedule: str = "constant"  # constant, or cosine to 0 at the last step
+    warmup_steps: int = 0  # linear, from 0
+    b1: float = 0.9  # decay of the gradient's mean
+    b2: float = 0.999  # decay of the gradient's mean square
+    weight_decay: float = 0.01  # times the learning rate, a step
+    clip_norm: float = 1.0  # of the gradient's global norm
+
+
+@dataclass(slots=True, kw_only=True)
+class Mesh:
+    """Devices along each axis."""
+
+    data: int | None = None  # replicas; None takes the devices that the other axes leave
+    fsdp: int = 1  # shards of parameters and optimizer state, and rows
+    tensor: int = 1  # shards of heads, MLP and vocabulary
+
+
+@dataclass(slots=True, kw_only=True)
+class Checkpoints:
+    """When the run's state is written. It is also written at the end and on SIGTERM."""
+
+    every: int = 20  # steps between two of them
+    keep: int = 2  # newest checkpoints kept
+
+
+@dataclass(slots=True, kw_only=True)
+class Evaluation:
+    """Accuracy on held-out problems, before and after; each teacher's beside it."""
+
+    problems: int = 256  # of each task
+    samples: int = 4  # completions of each problem: avg@samples
+    every: int | None = 20  # steps between the student's evaluations; None: only first and last
+    verify_every: int | None = 5  # steps between verdicts on training rollouts; None: never
+    teachers: bool = True  # evaluate every teacher once
+
+
+@dataclass(slots=True, kw_only=True)
+class Config:
+    """A run. Presets in configs/ return one; they say only what differs."""
+
+    workdir: str  # checkpoints, metrics.jsonl, report.html and the exported model go here
+    student: Model  # the model that is trained, from these weights
+    teachers: dict[str, Model] = field(default_factory=dict)  # task -> the model that scores it
+    reference: Model | None = None  # R of the objective; needed when lam != 1, else not loaded
+    steps: int = 80  # optimizer steps of the whole run; a finished run continues under a larger one
+    seed: int = 0  # of data order and sampling
+    data: Data = field(default_factory=Data)  # problems and their tasks
+    sampling: Sampling = field(default_factory=Sampling)  # how the completions are drawn
+    batch: Batch = field(default_factory=Batch)  # rows of one step
+    objective: Objective = field(default_factory=Objective)  # what is learnt from
+    optimizer: Optimizer = field(default_factory=Optimizer)  # how its gradient is applied
+    mesh: Mesh = field(default_factory=Mesh)  # devices along each axis
+    checkpoints: Checkpoints = field(default_factory=Checkpoints)  # when the state is written
+    evaluation: Evaluation = field(default_factory=Evaluation)  # accuracy, of what and when
+    profile: str | None = None  # steps "10:13" to trace with the JAX profiler; None: no trace
+
+    def problems(self) -> list[str]:
+        """Everything wrong with these settings that can be told without loading anything.
+
+        A setting of the wrong type is reported alone: the other checks rely on the types.
+        """
+        return problems.find(self)
+
+    def notes(self) -> list[str]:
+        """Settings that are allowed and have no effect in this run, for the log."""
+        return problems.unused(self)
+
+
+def to_dict(config: Config) -> dict:
+    """The settings as plain values, for JSON."""
+    return dataclasses.asdict(config)
+
+
+# Settings that may change between a run and its continuation: they change no number it computes.
+MAY_CHANGE = ("workdir", "checkpoints", "profile", "mesh")
+# Read from files, which are identified by their content.
+BY_CONTENT = ("path", "data.train", "data.test")
+
+
+def identity(config: Config) -> dict[str, str]:
+    """Setting -> value, of all that a resumed run must share with the run that it continues.
+
+    Paths are left out: models and data are identified by their content. So is the number of steps,
+    unless the learning rate's schedule ends with them: a finished run can be made longer.
+    """
+    found = {}
+    for key, value, kind in problems.leaves(config):
+        ends = key == "steps" and config.optimizer.schedule == "constant"
+        if key.split(".")[0] in MAY_CHANGE or key.endswith(BY_CONTENT) or ends:
+            continue
+        # lam = 1 in a preset and --config.objective.lam=1, which is read as 1.0, are one setting.
+        found[key] = json.dumps(float(value) if kind is float else value)
+    return found
+
+
+def digest(values: dict) -> str:
+    """Sixteen hex digits of a plain dict's content."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class _OrNone(flags.ArgumentParser):
+    """Another parser's values, and None for "none"."""
+
+    def __init__(self, parser: flags.ArgumentParser):
+        self.parser = parser
+
+    def parse(self, argument):
+        return None if argument in (None, "none", "None") else self.parser.parse(argument)
+
+    def flag_type(self):
+        return f"{self.parser.flag_type()} or none"
+
+
+def accept_none() -> None:
+    """Let flags say none, as in --config.evaluation.every=none; call it before flags are parsed.
+
+    ml_collections reads a setting that may be None by the parser of its other type, which has no
+    word for None. Where a setting may not be None, Config.problems() says so.
+    """
+    config_flags.register_flag_parser_for_type(int, _OrNone(flags.IntegerParser()))
+    config_flags.register_flag_parser_for_type(float, _OrNone(flags.FloatParser()))
+    config_flags.register_flag_parser_for_type(str, _OrNone(flags.ArgumentParser()))

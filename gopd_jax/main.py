@@ -1,0 +1,158 @@
+"""`python -m gopd_jax.main --config=configs/exopd.py`: train, evaluate, report.
+
+Any setting of gopd_jax/config.py is a flag: `--config.objective.lam=1.5`. The same command
+continues a run that was stopped. Exit status: 0 at the last step, 2 for wrong input, 143 and 130
+after SIGTERM and Ctrl-C.
+"""
+
+import dataclasses
+import difflib
+import os
+import re
+import shlex
+import sys
+import traceback
+import typing
+from pathlib import Path
+
+import jax
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from gopd_jax.config import Config
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "Preset, such as configs/exopd.py.")
+COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "host:port of process 0, for several processes outside of a TPU pod."
+)
+PROCESSES = flags.DEFINE_integer("processes", None, "Number of processes, with --coordinator.")
+PROCESS = flags.DEFINE_integer("process", None, "Index of this process, with --coordinator.")
+DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "Call jax.distributed.initialize: TPU pods, Slurm, several processes."
+)
+flags.mark_flag_as_required("config")
+
+WRONG_INPUT = 2
+
+
+def main(argv):
+    if len(argv) > 1:
+        _refuse(f"unexpected arguments {argv[1:]}; settings are --config.key=value")
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # the checkpointer tells every move at INFO
+    if DISTRIBUTED.value or COORDINATOR.value:
+        jax.distributed.initialize(COORDINATOR.value, PROCESSES.value, PROCESS.value)
+    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", Path.home() / ".cache/gopd_jax/xla")
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+
+    from gopd_jax import report, train
+
+    config = CONFIG.value
+    try:
+        begun = train.begin(config)
+    except (ValueError, OSError) as error:
+        _refuse(error)
+    summary = train.finish(begun)
+    if summary.stopped_by:
+        _say(f"stopped after step {summary.step} of {config.steps}; continue with: {_command()}")
+        sys.exit(128 + summary.stopped_by)
+    if jax.process_index() != 0:
+        return
+    page = report.write(summary.workdir)
+    longer = f"continue with: {_command(steps=2 * config.steps)}"
+    if config.optimizer.schedule != "constant":
+        longer = f"a {config.optimizer.schedule} schedule is at its end; train again with: " + (
+            f"{_command(workdir=f'{config.workdir}-2')}"
+        )
+    _say(
+        f"report: {page}   metrics: {summary.workdir / 'metrics.jsonl'}   "
+        f"model: {summary.export}   {longer}"
+    )
+
+
+def parse(argv):
+    """Flags of the command line. What is wrong with them or with the preset ends the program."""
+    if unknown := unknown_settings(argv):
+        _refuse("\n".join(unknown))
+    try:
+        return flags.FLAGS(argv)
+    except flags.UnrecognizedFlagError as error:
+        _refuse(f"{error}; --help lists the flags")
+    except Exception as error:
+        _refuse(_where(error))
+
+
+def unknown_settings(argv) -> list[str]:
+    """A message for each --config.key that is no field of Config."""
+    found = []
+    for argument in argv:
+        if not (match := re.match(r"--?(?:no)?config\.([^=]+)", argument)):
+            continue
+        section = Config
+        for name in match[1].split("."):
+            fields = typing.get_type_hints(section) if dataclasses.is_dataclass(section) else {}
+            if typing.get_origin(section) is dict:
+                section = typing.get_args(section)[1]
+            elif name in fields:
+                kinds = typing.get_args(fields[name])
+                optional = type(None) in kinds
+                section = (
+                    next(k for k in kinds if k is not type(None)) if optional else fields[name]
+                )
+            else:
+                near = difflib.get_close_matches(name, fields, 1)
+                meant = f"; did you mean {near[0]}?" if near else ""
+                there = f"{section.__name__} has {list(fields)}" if fields else "it has no parts"
+                found.append(f"there is no setting {match[1]}: {there}{meant}")
+                break
+    return found
+
+
+def _where(error: Exception) -> str:
+    """The first cause of an error while a preset was read or a flag applied, with its line."""
+    while cause := error.__cause__ or error.__context__:
+        if isinstance(error, flags.Error) and not str(error).count("Traceback"):
+            return str(error)  # such as a number that is none, which names the flag already
+        error = cause
+    said = f"{type(error).__name__}: {error}"
+    preset = _preset()
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if preset and Path(frame.filename).absolute() == preset:
+            return f"{preset}:{frame.lineno}: {said}"
+    return f"{preset or 'flags'}: {said}"
+
+
+def _preset() -> Path | None:
+    """The file that --config names."""
+    for argument in sys.argv[1:]:
+        if match := re.match(r"--?config=([^:]+)", argument):
+            return Path(match[1]).absolute()
+    return None
+
+
+def _command(**settings) -> str:
+    """The command line of this process with `settings` in place of its own."""
+    kept = [
+        argument
+        for argument in sys.argv[1:]
+        if not any(argument.startswith(f"--config.{key}=") for key in settings)
+    ]
+    changed = [f"--config.{key}={value}" for key, value in settings.items()]
+    return shlex.join(["python", "-m", "gopd_jax.main", *kept, *changed])
+
+
+def _say(text: str) -> None:
+    if jax.process_index() == 0:
+        print(text)
+
+
+def _refuse(reason) -> typing.NoReturn:
+    print(f"\n{reason}", file=sys.stderr)
+    sys.exit(WRONG_INPUT)
+
+
+if __name__ == "__main__":
+    try:
+        app.run(main, flags_parser=parse)
+    except KeyboardInterrupt:
+        sys.exit(130)  # while loading, or the second Ctrl-C: nothing more is saved

@@ -1,0 +1,280 @@
+"""What can be told to be wrong with a Config before anything is loaded.
+
+Each check returns sentences that name the setting, its value and the cure.
+"""
+
+import dataclasses
+import inspect
+import math
+import os
+import re
+import types
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+
+from gopd_jax.objectives.advantages import ADVANTAGES
+from gopd_jax.objectives.losses import LOSSES
+from gopd_jax.objectives.objective import objective_problems
+from gopd_jax.objectives.reductions import REDUCTIONS
+from gopd_jax.spec import resolve
+
+DTYPES = ("float32", "bfloat16")
+SCHEDULES = ("constant", "cosine")
+SOURCES = ("student", "teacher", "data")
+
+# A number is positive unless it is named here.
+MAY_BE_ZERO = ("seed", "objective.lam", "optimizer.warmup_steps", "optimizer.weight_decay")
+BELOW_ONE = ("optimizer.b1", "optimizer.b2")
+
+
+def find(config) -> list[str]:
+    """Every problem; those of type alone where there are any, because the rest relies on them."""
+    if wrong := [
+        f"{key} is {value!r}, a {type(value).__name__}; it takes {_spelled(kind)}"
+        for key, value, kind in leaves(config)
+        if not _is(value, kind)
+    ]:
+        return wrong
+    checks = (_numbers, _choices, _objective, _roles, _models, _data, _batch, _times, _workdir)
+    return [problem for check in checks for problem in check(config)]
+
+
+def unused(config) -> list[str]:
+    """Settings without effect: allowed, so that one flag can turn a preset into another method."""
+    c, o = config, config.objective
+    gopd, found = _method(c) == "gopd", []
+    if not gopd and o.lam != 1:
+        found.append(
+            f"objective.lam = {o.lam} has no effect in objective.advantage = {o.advantage!r}"
+        )
+    if c.reference is not None and not (gopd and o.lam != 1):
+        why = "objective.lam = 1, where it cancels" if gopd else f"advantage = {o.advantage!r}"
+        found.append(f"reference = {c.reference.path!r} is not loaded: {why}")
+    loaded = roles(c)
+    if idle := sorted(task for task in c.teachers if f"teachers.{task}" not in loaded):
+        found.append(
+            f"teachers {idle} are not loaded: they have no use under data.tasks = {c.data.tasks}, "
+            f"advantage = {o.advantage!r} and evaluation.teachers = {c.evaluation.teachers}"
+        )
+    if gopd:
+        paths = {name: os.path.realpath(m.path) for name, m in loaded.items() if m.path is not None}
+        for name in sorted(name for name in paths if name.startswith("teachers.")):
+            if paths[name] == paths.get("reference"):
+                found.append(f"{name} is the reference, so log T - log R = 0 and lam has no effect")
+            elif paths[name] == paths.get("student"):
+                found.append(f"{name} is the student itself: before the first step log T = log S")
+    return found
+
+
+def leaves(value, key: str = "", kind=None) -> Iterator[tuple[str, object, object]]:
+    """(key, value, annotation) of each setting, sections and teachers opened: "mesh.data", 2, int.
+
+    A section of the wrong type is left whole.
+    """
+    if dataclasses.is_dataclass(value) and (kind is None or _is(value, kind)):
+        for f in dataclasses.fields(value):
+            yield from leaves(getattr(value, f.name), f"{key}.{f.name}" if key else f.name, f.type)
+    elif isinstance(value, dict) and _is(value, kind):
+        for name in sorted(value):
+            yield from leaves(value[name], f"{key}.{name}", typing.get_args(kind)[1])
+    else:
+        yield key, value, kind
+
+
+def roles(config) -> dict:
+    """Setting -> Model, of the models that this run loads."""
+    c = config
+    found = {"student": c.student}
+    if _method(c) == "gopd" and c.objective.lam != 1 and c.reference is not None:
+        found["reference"] = c.reference
+    if _method(c) == "gopd" or c.objective.source == "teacher" or c.evaluation.teachers:
+        given = [task for task in c.data.tasks if task in c.teachers]
+        found |= {f"teachers.{task}": c.teachers[task] for task in given}
+    return found
+
+
+def _method(config) -> str:
+    return config.objective.advantage.split("(")[0].strip()
+
+
+def _is(value, kind) -> bool:
+    """Whether a value is of an annotated type; an int passes for a float, a bool for neither."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is types.UnionType:
+        return any(_is(value, one) for one in arguments)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_is(one, arguments[0]) for one in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(isinstance(name, str) for name in value)
+    if kind in (int, float):
+        numbers = int if kind is int else (int, float)
+        return isinstance(value, numbers) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+def _spelled(kind) -> str:
+    return (kind.__name__ if isinstance(kind, type) else str(kind)).replace("gopd_jax.config.", "")
+
+
+def _numbers(c) -> Iterator[str]:
+    for key, value, _ in leaves(c):
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            continue
+        if not math.isfinite(value):
+            yield f"{key} is {value}; it has to be finite"
+        elif key in BELOW_ONE and not 0 <= value < 1:
+            yield f"{key} is {value}; it has to be at least 0 and less than 1"
+        elif key in MAY_BE_ZERO and value < 0:
+            yield f"{key} is {value}; it has to be 0 or more"
+        elif key not in (*MAY_BE_ZERO, *BELOW_ONE) and value <= 0:
+            yield f"{key} is {value}; it has to be positive"
+    if c.seed >= 2**32:
+        yield f"seed is {c.seed}; it has to be less than 2**32"
+
+
+def _choices(c) -> Iterator[str]:
+    for key, value, choices in (
+        ("optimizer.schedule", c.optimizer.schedule, SCHEDULES),
+        ("objective.source", c.objective.source, SOURCES),
+        *((k, value, DTYPES) for k, value, _ in leaves(c) if k.endswith(".dtype")),
+    ):
+        if value not in choices:
+            yield f"{key} is {value!r}; it is one of {choices}"
+
+
+def _objective(c) -> Iterator[str]:
+    o = c.objective
+    if found := objective_problems(o.advantage, o.loss, o.reduction):
+        yield from found
+        return
+    for key, entries in (("advantage", ADVANTAGES), ("loss", LOSSES), ("reduction", REDUCTIONS)):
+        text = getattr(o, key)
+        options = inspect.signature(resolve(text, entries)).parameters.values()
+        options = {p.name: p.default for p in options if p.kind is p.KEYWORD_ONLY}
+        if missing := [name for name, default in options.items() if default is inspect._empty]:
+            yield f"objective.{key} is {text!r}; give it {missing}: '{text}({missing[0]}=...)'"
+        length = options.get("length", inspect._empty)
+        if length is not inspect._empty and not (_is(length, float) and 0 < length < math.inf):
+            yield f"objective.{key} is {text!r}; length has to be a positive number of tokens"
+
+
+def _roles(c) -> Iterator[str]:
+    """Roles that the objective lacks, and sources of completions that it cannot learn from."""
+    o, method = c.objective, _method(c)
+    if method == "gopd" and o.lam != 1 and math.isfinite(o.lam) and c.reference is None:
+        yield (
+            f"objective.lam is {o.lam} and there is no reference, so log T - log R has no R; set "
+            "--config.reference=build --config.reference.path=... (the student's own path, or the "
+            "teacher's base), or lam = 1"
+        )
+    if method in ("gopd", "grpo") and o.source != "student":
+        yield (
+            f"objective.advantage = {o.advantage!r} is on-policy and objective.source is "
+            f"{o.source!r}; use source = 'student', or advantage = 'imitation'"
+        )
+    if method == "imitation" and o.source == "student":
+        yield (
+            "objective.advantage = 'imitation' and objective.source = 'student' teach the student "
+            "what it does already; use source = 'teacher' or 'data'"
+        )
+    distils = method == "gopd" or o.source == "teacher"
+    if distils and (missing := sorted(set(c.data.tasks) - c.teachers.keys())):
+        yield (
+            f"tasks {missing} of data.tasks have no teacher; teachers are {sorted(c.teachers)}; "
+            "add theirs in a preset, or take the tasks out of data.tasks"
+        )
+
+
+def _models(c) -> Iterator[str]:
+    for role, model in roles(c).items():
+        flag = f"--config.{role}.path=DIR"
+        if model.path is None:
+            yield f"{role}.path is not set; give the directory of a Hugging Face checkpoint: {flag}"
+        elif not (Path(model.path) / "config.json").is_file():
+            hint = ""
+            if re.fullmatch(r"[\w.-]+/[\w.-]+", model.path) and not Path(model.path).exists():
+                hint = f"; a model on the Hugging Face hub comes with: hf download {model.path}"
+                hint += " --local-dir DIR"
+            yield (
+                f"{role}.path is {model.path!r}, which has no config.json; give the directory of a "
+                f"Hugging Face checkpoint: {flag}{hint}"
+            )
+
+
+def _data(c) -> Iterator[str]:
+    tasks = c.data.tasks
+    if not tasks:
+        yield "data.tasks is (); name at least one task, --config.data.tasks='(\"math\",)'"
+    if repeated := sorted({task for task in tasks if tasks.count(task) > 1}):
+        yield f"data.tasks is {tasks}, with {repeated} more than once; name each task once"
+    if odd := [task for task in tasks if not task or re.search(r"[\s,]", task)]:
+        yield (
+            f"data.tasks is {tasks}, and {odd} is no name of a task; several are written "
+            '--config.data.tasks=\'("math", "code")\''
+        )
+    for key, source in (("data.train", c.data.train), ("data.test", c.data.test)):
+        is_file = Path(source).suffix in (".jsonl", ".parquet")
+        if is_file and not Path(source).is_file():
+            yield f"{key} is {source!r}, and there is no such file; give --config.{key}=FILE"
+        known = re.fullmatch(r"microworld:(train|test)(:(math|code))?|tfds:.+:[^:]+", source)
+        if not is_file and not known:
+            yield (
+                f"{key} is {source!r}; give microworld:train or microworld:test (of one task: "
+                "microworld:train:math), a .jsonl or .parquet file, or tfds:NAME:SPLIT"
+            )
+
+
+def _batch(c) -> Iterator[str]:
+    b, n_tasks = c.batch, len(c.data.tasks)
+    rows = b.prompts * b.rollouts
+    if n_tasks and b.prompts % n_tasks:
+        yield (
+            f"batch.prompts = {b.prompts} is not divisible by the {n_tasks} tasks of data.tasks = "
+            f"{c.data.tasks}; make it a multiple of {n_tasks}"
+        )
+    if b.microbatches > 0 and rows % b.microbatches:
+        yield (
+            f"batch.prompts * batch.rollouts = {rows} rows do not divide into batch.microbatches = "
+            f"{b.microbatches}; choose a divisor of {rows}"
+        )
+    if _method(c) == "grpo" and b.rollouts == 1:
+        yield (
+            "objective.advantage = 'grpo' compares the rollouts of one prompt and batch.rollouts "
+            "is 1; use 8, say"
+        )
+
+
+def _times(c) -> Iterator[str]:
+    if 0 < c.steps <= c.optimizer.warmup_steps:
+        yield (
+            f"optimizer.warmup_steps = {c.optimizer.warmup_steps} leaves none of steps = {c.steps} "
+            "at the full rate; lower it, or raise steps"
+        )
+    if c.profile is not None:
+        span = re.fullmatch(r"(\d+):(\d+)", c.profile, re.ASCII)
+        if not span or not int(span[1]) < int(span[2]) <= c.steps:
+            yield (
+                f"profile is {c.profile!r} and steps is {c.steps}; it takes 'FIRST:END' with "
+                "FIRST < END <= steps, '10:13' for three steps"
+            )
+
+
+def _workdir(c) -> Iterator[str]:
+    if not c.workdir.strip():
+        yield f"workdir is {c.workdir!r}; give the run a directory, --config.workdir=DIR"
+        return
+    if re.match(r"\w+://", c.workdir):
+        yield (
+            f"workdir is {c.workdir!r}, and a run writes to a file system; mount the bucket and "
+            "give its directory"
+        )
+        return
+    parent = Path(c.workdir).absolute()
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        yield (
+            f"workdir is {c.workdir!r}, and {parent} is no directory that can be written; give "
+            "another --config.workdir=DIR"
+        )

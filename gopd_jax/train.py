@@ -1,0 +1,340 @@
+"""The run, top to bottom: restore or start, evaluate, step, save, evaluate, export, report."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from gopd_jax import checkpoint, data, metrics, sharding, step
+from gopd_jax import config as settings
+from gopd_jax.evaluate import completions, evaluate
+from gopd_jax.models import hf
+from gopd_jax.models.params import abstract_params
+from gopd_jax.setup import Run, prepare
+from gopd_jax.types import Mean, Scores, TrainState
+from gopd_jax.verifiers import verify
+
+# Randomness is named by what it is for; a number per use keeps the streams apart.
+ROLLOUT_STREAM, EVALUATION_SEED = 0, 1
+EXPORT = "export"  # below the workdir: the trained student in Hugging Face format
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Begun:
+    """A run that is loaded, checked and restored; nothing is compiled or written yet."""
+
+    this: Run
+    state: TrainState | None  # of the newest checkpoint; None where there is none
+
+    @property
+    def step(self) -> int:
+        return 0 if self.state is None else int(self.state.step)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Summary:
+    """Where a run's results lie, and how far it came."""
+
+    workdir: Path
+    step: int
+    stopped_by: int | None  # the signal that ended it early; None where it came to its last step
+    export: Path | None  # the student as a Hugging Face directory; None where it was stopped
+
+
+def run(config: settings.Config) -> Summary:
+    """Train to config.steps, from the newest checkpoint in config.workdir where there is one.
+
+    Everything wrong with settings, models or data is a ValueError before the first compile. SIGTERM
+    and Ctrl-C end the run after the step in hand, saved; the same call continues it.
+    """
+    return finish(begin(config))
+
+
+def begin(config: settings.Config) -> Begun:
+    """Load, check and restore. ValueError with what is wrong; the workdir is only read."""
+    this = prepare(config)
+    newest, export = checkpoint.newest_step(config.workdir), Path(config.workdir) / EXPORT
+    if newest is None and export.exists():
+        raise ValueError(
+            f"{config.workdir} holds the results of a finished run, {export}, and no checkpoint to "
+            "continue it from; give another --config.workdir, or remove that one to start over"
+        )
+    if newest is not None and newest > config.steps:
+        raise ValueError(
+            f"{config.workdir} holds step {newest} and steps is {config.steps}; give "
+            f"--config.steps={newest} or more, or another --config.workdir to start anew"
+        )
+    state = checkpoint.restore(config.workdir, _abstract_state(this.recipe), this.identity)
+    return Begun(this=this, state=state)
+
+
+def finish(begun: Begun) -> Summary:
+    """The rest of a run: evaluate, step, save, evaluate, export."""
+    this, start, resumed = begun.this, begun.step, begun.state is not None
+    config, workdir = this.config, Path(this.config.workdir)
+    state = begun.state if resumed else step.init_state(this.recipe, this.student.params)
+    del begun  # its state is donated to the first step
+    first, traced = jax.process_index() == 0, _steps(config.profile)
+    manager = checkpoint.open_manager(workdir, keep=config.checkpoints.keep)
+    if first:
+        _write_run(workdir, this)
+    watch, signal_of = metrics.StopWatch(), None
+    with (
+        _stop_signals() as stop,
+        contextlib.closing(manager),
+        # A run without a checkpoint starts over: rows of step 0 are its to write again too.
+        metrics.Writer(workdir, resume_step=start if resumed else -1, enabled=first) as writer,
+        metrics.Progress(config.steps, start, enabled=first) as progress,
+        contextlib.closing(data.prefetch(_prompts(this), start)) as batches,
+        contextlib.ExitStack() as trace,
+    ):
+        if start == config.steps:
+            progress.note(f"{workdir} is at step {start} of {start}: nothing is left to train")
+        elif resumed:
+            progress.note(f"continuing {workdir} after step {start}")
+        for note in (*config.notes(), this.recipe.objective.formula):
+            progress.note(note)
+        judge = _judge(this, writer, progress)
+        if not resumed:
+            signal_of = _judge_all(this, judge, state, stop)
+        watch.lap(0)
+        advance = _advance(this)
+        for i in range(start, config.steps):
+            if signal_of := signal_of or stop():
+                break
+            with watch("data"):
+                prompts = next(batches)
+            if i in traced and i == max(start, traced.start):
+                trace.enter_context(jax.profiler.trace(str(workdir / "profile")))
+            state, row = advance(state, prompts, i)
+            now = i + 1
+            if now == traced.stop:
+                trace.close()
+            with watch("evaluate"):
+                every = config.evaluation.every
+                if now == config.steps or (every and now % every == 0):
+                    judge("student", this.student.decoder, state.params, now)
+            timing = watch.lap(row["tokens"])
+            writer.write(now, row, timing)
+            progress.update(now, row, timing)
+            with watch("save"):
+                if now == config.steps or now % config.checkpoints.every == 0:
+                    checkpoint.save(manager, now, state, this.identity)
+        reached = int(state.step)
+        if signal_of and reached:
+            progress.note(f"stopping after step {reached}: saving")
+            checkpoint.save(manager, reached, state, this.identity)
+        manager.wait_until_finished()
+    export = None if signal_of else _export(workdir, this, state)
+    return Summary(workdir=workdir, step=reached, stopped_by=signal_of, export=export)
+
+
+def _abstract_state(recipe: step.Recipe) -> TrainState:
+    """Shapes, dtypes and shardings of the run's TrainState."""
+    params = abstract_params(recipe.student.cfg)
+    opt_state = jax.eval_shape(recipe.optimizer.init, params)
+    shapes = TrainState(jax.ShapeDtypeStruct((), np.int32), params, opt_state)
+    return jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+        shapes,
+        step.state_shardings(recipe),
+    )
+
+
+def _steps(profile: str | None) -> range:
+    """The steps that "10:13" names: 10, 11 and 12."""
+    return range(*map(int, profile.split(":"))) if profile else range(0)
+
+
+def _judge_all(this: Run, judge, state: TrainState, stop) -> int | None:
+    """Evaluate the teachers and the student before the first step; the signal that cut it short."""
+    names = [name for name in this.roles if name.startswith("teacher:")]
+    for name in names if this.config.evaluation.teachers else ():
+        if signal_of := stop():
+            return signal_of
+        judge(name, this.roles[name].decoder, this.roles[name].params, 0)
+    if signal_of := stop():
+        return signal_of
+    judge("student", this.student.decoder, state.params, 0)
+    return None
+
+
+def _export(workdir: Path, this: Run, state: TrainState) -> Path:
+    """Write the student as a Hugging Face directory."""
+    params = sharding.whole(state.params)
+    if jax.process_index() == 0:
+        for half_written in workdir.glob(f".{EXPORT}.*"):  # by a start that was killed here
+            shutil.rmtree(half_written)
+        tokenizer = this.config.student.path
+        hf.save(workdir / EXPORT, this.student.decoder.cfg, params, tokenizer_dir=tokenizer)
+    return workdir / EXPORT
+
+
+def _advance(this: Run):
+    """(state, prompts on the host, step) -> (state, the step's metrics row)."""
+    config, recipe, tasks = this.config, this.recipe, this.train.tasks
+    key = jax.random.fold_in(jax.random.key(config.seed), ROLLOUT_STREAM)
+    needs_reward = recipe.objective.reward
+    every = config.evaluation.verify_every if config.objective.source == "student" else None
+    fused = None if needs_reward else step.fused(recipe)
+    generate, score, update = step.staged(recipe)
+
+    def rewards(rollout, prompts):
+        texts = completions(this.student.tokenizer, sharding.to_host(rollout))
+        verdicts = verify(texts, prompts.records)
+        return np.array([verdict.score for verdict in verdicts], np.float32)
+
+    def advance(state, prompts, i: int):
+        rows = sharding.to_global(this.mesh, prompts.replace(records=()))
+        step_key = jax.random.fold_in(key, i)
+        reward_B = None
+        if needs_reward:
+            rollout = generate(state.params, this.frozen, rows, step_key)
+            reward_B = sharding.to_global(this.mesh, rewards(rollout, prompts))
+            scores = score(this.frozen, rollout)
+            scores = Scores(teacher_BT=scores.teacher_BT, ref_BT=scores.ref_BT, reward_B=reward_B)
+            state, found = update(state, rollout, scores)
+        else:
+            state, rollout, found = fused(state, this.frozen, rows, step_key)
+            if every and i % every == 0:
+                reward_B = sharding.to_global(this.mesh, rewards(rollout, prompts))
+        found = jax.device_get(found)
+        if reward_B is not None:
+            reward_B = sharding.gather(reward_B)
+            found["reward"] = Mean.of(reward_B)
+            per_task = np.split(reward_B, np.cumsum(recipe.group_rows)[:-1])
+            found |= {f"reward/{task}": Mean.of(r) for task, r in zip(tasks, per_task)}
+        if (by_task := found.pop("kl_teacher_task", None)) is not None:
+            for task, total, count in zip(tasks, by_task.total, by_task.count):
+                found[f"kl_teacher/{task}"] = Mean(total, count)
+        return state, metrics.to_row(found)
+
+    return advance
+
+
+def _prompts(this: Run):
+    """step -> this process's prompts."""
+    c = this.config
+    process, n_processes = sharding.process_share(this.mesh, c.batch.prompts * c.batch.rollouts)
+
+    def make(i: int):
+        return data.prompts(
+            this.train,
+            this.student.tokenizer,
+            i,
+            seed=c.seed,
+            n_prompts=c.batch.prompts,
+            rollouts=c.batch.rollouts,
+            prompt_length=c.data.prompt_length,
+            process=process,
+            n_processes=n_processes,
+            completion_length=c.sampling.completion_length
+            if c.objective.source == "data"
+            else None,
+        )
+
+    return make
+
+
+def _judge(this: Run, writer: metrics.Writer, progress: metrics.Progress):
+    """(name, decoder, params, step): evaluate, write the rows, say the result above the bar."""
+    c, samplers = this.config, {}
+
+    def judge(name, decoder, params, at: int):
+        sample = samplers.setdefault(decoder, step.sampling(this.recipe, decoder))
+        result = evaluate(
+            sample,
+            params,
+            this.test,
+            this.student.tokenizer,
+            mesh=this.mesh,
+            n_problems=c.evaluation.problems,
+            n_samples=c.evaluation.samples,
+            n_rows=c.batch.prompts * c.batch.rollouts,
+            prompt_length=c.data.prompt_length,
+            seed=EVALUATION_SEED,
+            step=at,
+            model=name,
+            bar=progress.bar,
+        )
+        writer.evaluation(result.rows)
+        writer.samples(result.samples)
+        shown = "   ".join(
+            f"{row['task']} {100 * row['accuracy']:.1f} ± {100 * row['stderr']:.1f} %"
+            for row in result.rows
+        )
+        progress.note(f"step {at:4d}  {name:14s} {shown}")
+
+    return judge
+
+
+def _write_run(workdir: Path, this: Run) -> None:
+    """workdir/run.json: what the report and a reader need to know of the run."""
+    models = {
+        name: {
+            "path": role.path,
+            "digest": role.digest,
+            "parameters": sum(x.size for x in jax.tree.leaves(role.params)),
+        }
+        for name, role in this.roles.items()
+    }
+    described = {
+        "config": settings.to_dict(this.config),
+        "identity": this.identity,
+        "environment": {
+            "jax": jax.__version__,
+            "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+            "processes": jax.process_count(),
+            "mesh": dict(this.mesh.shape),
+            "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+        },
+        "models": models,
+        "formula": this.recipe.objective.formula,
+    }
+    workdir.mkdir(parents=True, exist_ok=True)
+    part = workdir / "run.json.part"
+    part.write_text(json.dumps(described, indent=1) + "\n")
+    part.replace(workdir / "run.json")
+
+
+@contextlib.contextmanager
+def _stop_signals():
+    """A function that gives the SIGTERM or SIGINT that came, on any process, or None.
+
+    A second signal of a kind acts as if there were no handler, for a run that hangs. A signal that
+    was ignored before (nohup, a shell's background job) stays ignored.
+    """
+    caught, before = [], {}
+
+    def handle(number, _frame):
+        caught.append(number)
+        signal.signal(number, before[number])
+        # Not print: a signal may come in the middle of another write.
+        os.write(2, b"\nstopping after the step in hand; once more to stop at once\n")
+
+    def stop() -> int | None:
+        if jax.process_count() == 1:
+            return caught[0] if caught else None
+        if not sharding.any_process(bool(caught)):
+            return None
+        terminated = sharding.any_process(signal.SIGTERM in caught)
+        return signal.SIGTERM if terminated else signal.SIGINT
+
+    if threading.current_thread() is threading.main_thread():  # elsewhere they are the caller's
+        for number in (signal.SIGTERM, signal.SIGINT):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                # None: a handler of C code, such as jax.distributed's notice of preemption.
+                before[number] = signal.signal(number, handle) or signal.SIG_DFL
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

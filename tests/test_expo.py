@@ -1,0 +1,82 @@
+"""Extrapolated weights by hand, and between checkpoints on disk."""
+
+import math
+
+import jax
+import numpy as np
+import pytest
+import tokenizers
+from tokenizers.models import WordLevel
+
+from gopd_jax import expo
+from gopd_jax.models import hf
+
+
+def test_extrapolation_by_hand():
+    base = {"a": np.float32([1.0, 2.0]), "b": {"c": np.float32([[0.0]])}}
+    first = {"a": np.float32([2.0, 2.0]), "b": {"c": np.float32([[4.0]])}}
+    second = {"a": np.float32([4.0, 0.0]), "b": {"c": np.float32([[0.0]])}}
+    got = expo.extrapolate(base, [first, second], alpha=0.25)
+    # The means are [3, 1] and 2, so [3 + 2/4, 1 - 1/4] and 2 + 2/4.
+    np.testing.assert_array_equal(got["a"], [3.5, 0.75])
+    np.testing.assert_array_equal(got["b"]["c"], [[2.5]])
+    np.testing.assert_array_equal(expo.extrapolate(base, [first], alpha=0)["a"], first["a"])
+
+
+@pytest.mark.parametrize("alpha", [-0.1, math.nan, math.inf])
+def test_alpha_has_to_be_finite_and_not_negative(alpha):
+    with pytest.raises(ValueError, match=f"alpha is {alpha}; it is a finite number >= 0"):
+        expo.extrapolate({"a": np.zeros(2)}, [{"a": np.ones(2)}], alpha=alpha)
+
+
+def test_extrapolation_is_between_models_of_one_shape():
+    base = {"a": np.zeros((2, 3))}
+    with pytest.raises(ValueError, match="no teacher"):
+        expo.extrapolate(base, [], alpha=0.5)
+    # [1, 3] would broadcast without a word.
+    with pytest.raises(ValueError, match=r"teacher 1 .*'a'.* is \(1, 3\) and \(2, 3\)"):
+        expo.extrapolate(base, [base, {"a": np.zeros((1, 3))}], alpha=0.5)
+    with pytest.raises(ValueError, match=r"teacher 0 .*'b'.* is \(1,\) and None"):
+        expo.extrapolate(base, [base | {"b": np.zeros(1)}], alpha=0.5)
+
+
+@pytest.fixture
+def checkpoints(tmp_path, make_model):
+    """base, two teachers and a deeper model, with one tokenizer."""
+    words = tmp_path / "words"
+    write_tokenizer(words)
+    for name, seed, n_layers in (("base", 0, 2), ("one", 1, 2), ("two", 2, 2), ("deep", 3, 3)):
+        decoder, params = make_model(seed=seed, n_layers=n_layers)
+        hf.save(tmp_path / name, decoder.cfg, params, tokenizer_dir=words)
+    return tmp_path, decoder.cfg
+
+
+def write_tokenizer(directory):
+    directory.mkdir()
+    tokenizer = tokenizers.Tokenizer(WordLevel({"?": 0, "<end>": 1, "a": 2}, "?"))
+    tokenizer.add_special_tokens(["<end>"])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text('{"eos_token": "<end>"}')
+    (directory / "chat_template.jinja").write_text("{{ messages[0].content }}")
+
+
+def test_the_command_writes_a_checkpoint_between_the_given_ones(checkpoints, make_model):
+    path, _ = checkpoints
+    argv = [f"--base={path}/base", f"--teachers={path}/one,{path}/two", "--alpha=0.5"]
+    expo.main([*argv, f"--out={path}/out"])
+    cfg = hf.load_config(path / "out")
+    got = hf.load_params(path / "out", cfg)
+    base, one, two = (make_model(seed=seed)[1] for seed in (0, 1, 2))
+    want = jax.tree.map(lambda w, a, b: 0.75 * (a + b) - 0.5 * w, base, one, two)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), got, want)
+    assert (path / "out" / "tokenizer.json").is_file()
+
+
+def test_the_command_refuses_another_architecture(checkpoints, capsys):
+    path, _ = checkpoints
+    argv = [f"--base={path}/base", f"--teachers={path}/one,{path}/deep", "--alpha=0.5"]
+    with pytest.raises(SystemExit) as exit_:
+        expo.main([*argv, f"--out={path}/out"])
+    assert exit_.value.code == 2
+    assert "models of one shape only" in capsys.readouterr().err
+    assert not (path / "out").exists()

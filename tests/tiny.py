@@ -1,0 +1,144 @@
+"""A run small enough to be started many times: checkpoints, problems, a config, the command."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+
+from gopd_jax import config as settings
+from gopd_jax.microworld import tasks, tokenizer
+from gopd_jax.models import hf
+from gopd_jax.models import params as lm_params
+
+REPOSITORY = Path(__file__).parents[1]
+TIMEOUT = 900  # seconds for any one command, on a machine with much else to do
+MODELS = ("base", "teacher_math", "teacher_code")
+CFG = lm_params.ModelConfig(
+    architecture="qwen3",
+    vocab_size=512,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    head_dim=8,
+    rms_norm_eps=1e-6,
+    rope_theta=1e4,
+    tie_word_embeddings=True,
+    eos_token_id=2,
+)
+PRESET = '''"""A preset as a user writes it."""
+
+from gopd_jax.config import *
+
+
+def get_config(arg=None):
+    def model(name):
+        return Model(path={root!r} + "/" + name)
+
+    return Config(
+        workdir={root!r} + "/run",
+        student=model("base"),
+        teachers={{"math": model("teacher_math"), "code": model("teacher_code")}},
+        reference=model("base"),
+        steps=6,
+        objective=Objective(lam=1.25),
+        data=Data(train={root!r} + "/train.jsonl", test={root!r} + "/test.jsonl", prompt_length=48),
+        sampling=Sampling(completion_length=6),
+        batch=Batch(prompts=8, head_chunk=6),
+        optimizer=Optimizer(learning_rate=1e-2),
+        checkpoints=Checkpoints(every=2),
+        evaluation=Evaluation(problems=3, samples=2, every=4, verify_every=2),
+    )
+'''
+
+
+def build(root: Path) -> Path:
+    """Random checkpoints, train.jsonl, test.jsonl and preset.py under `root`; the preset's path."""
+    tokenizer.build(root / "tokenizer", problems=2000)
+    # So many ends that random models write completions of several lengths.
+    ends = {"eos_token_id": list(range(2, 90))}
+    (root / "tokenizer" / "generation_config.json").write_text(json.dumps(ends))
+    for seed, name in enumerate(MODELS):
+        params = lm_params.init(CFG, jax.random.key(seed))
+        # Logits of a size that tells models apart.
+        params = jax.tree.map(lambda x: 8 * x if x.std() > 0 else x, params)
+        hf.save(root / name, CFG, params, tokenizer_dir=root / "tokenizer")
+    for split, n in (("train", 12), ("test", 3)):
+        rows = [row(task, i, split) for i in range(n) for task in tasks.TASKS]
+        (root / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    preset = root / "preset.py"
+    preset.write_text(PRESET.format(root=str(root)))
+    return preset
+
+
+def row(task: str, index: int, split: str = "train") -> dict:
+    """A problem of the microworld as a row of a .jsonl file."""
+    made = tasks.problem(task, 0, index, split=split)
+    return {
+        "messages": list(made.messages),
+        "task": made.task,
+        "answer": made.answer,
+        "verifier": made.verifier,
+        "completion": made.right,
+    }
+
+
+def config(root: Path, **changes) -> settings.Config:
+    """The preset's Config with changes: steps=3, or objective=dict(lam=1.0) within a section."""
+    names: dict = {}
+    exec((root / "preset.py").read_text(), names)
+    made = names["get_config"]()
+    for key, value in changes.items():
+        section = getattr(made, key)
+        if isinstance(value, dict) and dataclasses.is_dataclass(section):
+            value = dataclasses.replace(section, **value)
+        setattr(made, key, value)
+    return made
+
+
+def command(root: Path, *arguments: str) -> list[str]:
+    return [
+        *(sys.executable, "-m", "gopd_jax.main", f"--config={root / 'preset.py'}"),
+        *arguments,
+    ]
+
+
+def environment(n_devices: int = 2) -> dict[str, str]:
+    """Of a process that is started: CPU devices, and the suite's compilation cache."""
+    cache = jax.config.jax_compilation_cache_dir
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(n_devices),
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "PYTHONPATH": str(REPOSITORY),
+    }
+
+
+def start(root: Path, *arguments: str, n_devices: int = 2, **options) -> subprocess.Popen:
+    """The command in a session of its own, with its output in pipes."""
+    return subprocess.Popen(
+        command(root, *arguments),
+        env=environment(n_devices),
+        cwd=root,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        **options,
+    )
+
+
+def run(root: Path, *arguments: str, n_devices: int = 2) -> subprocess.CompletedProcess:
+    """The command to its end."""
+    process = start(root, *arguments, n_devices=n_devices)
+    try:
+        out, err = process.communicate(timeout=TIMEOUT)
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
