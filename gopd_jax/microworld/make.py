@@ -31,7 +31,7 @@ from gopd_jax.verifiers import verify
 
 PROMPT, COMPLETION = 44, 36  # tokens; the longest problem and answer fit
 
-# A microbatch whose activations fit the caches: on a CPU several times faster than all rows at once.
+# Rows whose activations fit a CPU's caches: several times faster than all rows at once.
 MICROBATCH = 16
 
 SMALL = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4}

@@ -1,0 +1,96 @@
+"""ExPO: extrapolation of weights from the student past the mean of its teachers, no training.
+
+    python -m gopd_jax.expo --base=DIR --teachers=DIR,DIR --alpha=0.25 --out=DIR
+
+W = W_T + alpha (W_T - W_S), W_T the mean of the teachers' weights, W_S those that they were trained
+from. arXiv 2404.16792; for several teachers arXiv 2602.12125. alpha = 0 is plain averaging.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+
+from gopd_jax.models import hf
+from gopd_jax.models import tokenizer as tokenizers
+from gopd_jax.types import Params
+
+
+def extrapolate(base: Params, teachers: Sequence[Params], *, alpha: float) -> Params:
+    """W_T + alpha (W_T - W_S) for each array, W_T the mean of `teachers` and W_S in `base`.
+
+    float32 arrays of the same tree. ValueError for alpha < 0 or not finite, no teacher, or a
+    teacher whose tree or shapes are not the base's.
+    """
+    _check_alpha(alpha)
+    if not teachers:
+        raise ValueError("there is no teacher to extrapolate to; give one at least")
+    want = _shapes(base)
+    for i, teacher in enumerate(teachers):
+        found = _shapes(teacher)
+        if differing := sorted(k for k in want | found if want.get(k) != found.get(k)):
+            name = differing[0]
+            raise ValueError(
+                f"teacher {i} differs from the base in {len(differing)} arrays, {name} is "
+                f"{found.get(name)} and {want.get(name)}; extrapolate between models of one shape"
+            )
+
+    def one(start, *ends):
+        mean = sum(ends) / len(ends)
+        return mean + alpha * (mean - start)
+
+    return jax.tree.map(one, base, *teachers)
+
+
+def write(base, teachers: Sequence, out, *, alpha: float) -> None:
+    """`extrapolate` between Hugging Face directories, into the directory `out` in float32.
+
+    ValueError for checkpoints of different models or tokenizers, before any weights are read.
+    """
+    _check_alpha(alpha)
+    cfg, ids = hf.load_config(base), tokenizers.load(base)
+    for teacher in teachers:
+        if (theirs := hf.load_config(teacher)) != cfg:
+            raise ValueError(
+                f"{teacher} is {theirs} and {base} is {cfg}; weights can be extrapolated between "
+                "models of one shape only"
+            )
+        tokenizers.require_same_ids(ids, tokenizers.load(teacher), str(teacher))
+    params = extrapolate(
+        hf.load_params(base, cfg), [hf.load_params(t, cfg) for t in teachers], alpha=alpha
+    )
+    hf.save(out, cfg, params, tokenizer_dir=base)
+
+
+def _check_alpha(alpha: float) -> None:
+    if not (math.isfinite(alpha) and alpha >= 0):
+        raise ValueError(f"alpha is {alpha}; it is a finite number >= 0, such as 0.25")
+
+
+def _shapes(params: Params) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {jax.tree_util.keystr(path): tuple(leaf.shape) for path, leaf in leaves}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], prog="python -m gopd_jax.expo"
+    )
+    parser.add_argument("--base", type=Path, required=True, help="what the teachers started from")
+    parser.add_argument("--teachers", required=True, help="directories, separated by commas")
+    parser.add_argument("--alpha", type=float, required=True, help="0.25 or 0.5, say")
+    parser.add_argument("--out", type=Path, required=True, help="the new checkpoint's directory")
+    args = parser.parse_args(argv)
+    try:
+        write(args.base, args.teachers.split(","), args.out, alpha=args.alpha)
+    except ValueError as error:
+        print(f"\n{error}", file=sys.stderr)
+        sys.exit(2)
+    print(f"model: {args.out}")
+
+
+if __name__ == "__main__":
+    main()
