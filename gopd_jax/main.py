@@ -19,7 +19,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from gopd_jax.config import Config
+from gopd_jax.config import Config, accept_none
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Preset, such as configs/exopd.py.")
 COORDINATOR = flags.DEFINE_string(
@@ -72,6 +72,7 @@ def main(argv):
 
 def parse(argv):
     """Flags of the command line. What is wrong with them or with the preset ends the program."""
+    accept_none()
     if unknown := unknown_settings(argv):
         _refuse("\n".join(unknown))
     try:

@@ -19,6 +19,7 @@ from gopd_jax.verifiers import VERIFIERS
 # verl's rows name no verifier, and their data_source and style say too little to choose one.
 VERIFIER_OF_TEACHER = {"math": "math", "code": "code"}
 
+_MICROWORLD = re.compile(r"microworld:(?P<split>train|test)(:(?P<task>math|code))?")
 _TFDS = re.compile(r"tfds:(?P<name>.+):(?P<split>[^:\[\]]+(\[[^\]]*\])?)")
 
 
@@ -27,17 +28,18 @@ def rows(source: str) -> Iterator[tuple[str, Any]]:
 
     `where` is "file:line" or "source[index]". ValueError for a source that cannot be read.
     """
-    if source in ("microworld:train", "microworld:test"):
+    if match := _MICROWORLD.fullmatch(source):
         from gopd_jax.microworld import dataset
 
-        return _indexed(source, dataset.load(source.removeprefix("microworld:")))
+        found = _indexed(f"microworld:{match['split']}", dataset.load(match["split"]))
+        return (pair for pair in found if match["task"] in (None, pair[1]["task"]))
     if match := _TFDS.fullmatch(source):
         return _indexed(source, _tfds(source, match["name"], match["split"]))
     path = Path(source)
     if path.suffix not in (".jsonl", ".parquet"):
         raise ValueError(
-            f"{source!r} is not a source; give microworld:train, microworld:test, a .jsonl or "
-            ".parquet file, or tfds:NAME:SPLIT"
+            f"{source!r} is not a source; give microworld:train or microworld:test (of one task: "
+            "microworld:train:math), a .jsonl or .parquet file, or tfds:NAME:SPLIT"
         )
     if not path.is_file():
         raise ValueError(f"there is no file {source}")

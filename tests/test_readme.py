@@ -137,7 +137,7 @@ def test_its_error_is_what_the_program_says(monkeypatch):
 def test_the_files_that_it_names_exist():
     linked = re.findall(r"\]\(([^):#]+)\)", README)
     named = re.findall(r"((?:configs|notebooks|launch|gopd_jax|docs)/[\w./]*\w)", README)
-    assert {"ARCHITECTURE.md", "docs/sweep.png"} <= set(linked)
+    assert {"ARCHITECTURE.md", "docs/report.png"} <= set(linked)
     assert "notebooks/quickstart.ipynb" in named
     assert [name for name in linked + named if not (ROOT / name).exists()] == []
 

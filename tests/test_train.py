@@ -245,13 +245,15 @@ def test_imitation_runs_from_both_its_sources(root, tmp_path, source):
 
 
 def test_a_second_signal_acts_at_once_and_an_ignored_one_stays_ignored():
+    # A shell starts background jobs with SIGINT ignored; the test must not depend on its caller.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with train._stop_signals() as stop:
         assert stop() is None
         os.kill(os.getpid(), signal.SIGINT)
         assert stop() == signal.SIGINT
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with train._stop_signals() as stop:
             assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
