@@ -7,7 +7,7 @@ arXiv 2602.12125, section 3.
     python -m gopd_jax.main --config=configs/interpolate.py
     python -m gopd_jax.main --config=configs/interpolate.py:tiny     # two steps, seconds
 
-Expected: math __ %, code __ % (teachers __, __; base __, __), in __ minutes.
+Expected: not measured yet; the comparison has a cell for it.
 
 With models and problems of your own; the reference is the student's directory:
 

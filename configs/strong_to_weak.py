@@ -9,7 +9,7 @@ section 3.
     python -m gopd_jax.main --config=configs/strong_to_weak.py:teacher     # R = the teacher's base
     python -m gopd_jax.main --config=configs/strong_to_weak.py:teacher,tiny     # two steps, seconds
 
-Expected: math __ %, code __ %; `:teacher` __, __ (teacher __, __; base __, __), in __ minutes.
+Expected: not measured yet; the comparison has a cell for it.
 
 With models and problems of your own:
 
