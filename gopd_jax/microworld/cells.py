@@ -29,7 +29,7 @@ class Scope:
     seeds: int = 5
     strong_seeds: int = 3
     sweep_seeds: int = 2  # OPD and ExOPD, which are points of the sweep, have `seeds`
-    problems: int = 512  # of each task
+    problems: int = 384  # of each task
     samples: int = 4  # of each problem
     steps: int | None = None  # of every training; None: the presets'
 
