@@ -22,6 +22,11 @@ class Model:
 
     path: str | None = None  # of config.json, *.safetensors, tokenizer.json; None: not given yet
     dtype: str = "float32"  # of the computation; logits and log-probs are float32 in any case
+    template: str | None = None  # options of its chat template: "enable_thinking=False"
+    context: str | None = None  # shown to it alone: solution, answer, context, module:function
+    prompt_length: int | None = None  # tokens of the prompt as it reads it; None: data's
+    placement: str = "device"  # of a frozen model's weights: device, or host and streamed in
+    follows: float | None = None  # a teacher that is the student's moving average of this decay
 
 
 @dataclass(slots=True, kw_only=True)
@@ -40,6 +45,7 @@ class Sampling:
 
     temperature: float = 1.0  # of every role: it divides the logits wherever log-probs are taken
     completion_length: int = 32  # tokens, end token included
+    stop: tuple[str, ...] | None = None  # tokens that end a completion; None: the student's own
 
 
 @dataclass(slots=True, kw_only=True)
@@ -110,7 +116,8 @@ class Config:
 
     workdir: str  # checkpoints, metrics.jsonl, report.html and the exported model go here
     student: Model  # the model that is trained, from these weights
-    teachers: dict[str, Model] = field(default_factory=dict)  # task -> the model that scores it
+    teachers: dict[str, Model] = field(default_factory=dict)  # name -> model; a task's by its name
+    routes: dict[str, str] = field(default_factory=dict)  # task -> teacher of another name
     reference: Model | None = None  # R of the objective; needed when lam != 1, else not loaded
     steps: int = 80  # optimizer steps of the whole run; a finished run continues under a larger one
     seed: int = 0  # of data order and sampling
@@ -143,8 +150,11 @@ def to_dict(config: Config) -> dict:
 
 # Settings that may change between a run and its continuation: they change no number it computes.
 MAY_CHANGE = ("workdir", "checkpoints", "profile", "mesh")
-# Read from files, which are identified by their content.
-BY_CONTENT = ("path", "data.train", "data.test")
+# Read from files, which are identified by their content; and where weights lie.
+BY_CONTENT = ("path", "data.train", "data.test", "placement")
+# Options of later versions: absent from a run's identity while they are off, so that a run of an
+# earlier version is continued.
+LATER = ("template", "context", "prompt_length", "follows", "stop")
 
 
 def identity(config: Config) -> dict[str, str]:
@@ -157,6 +167,8 @@ def identity(config: Config) -> dict[str, str]:
     for key, value, kind in problems.leaves(config):
         ends = key == "steps" and config.optimizer.schedule == "constant"
         if key.split(".")[0] in MAY_CHANGE or key.endswith(BY_CONTENT) or ends:
+            continue
+        if value is None and key.split(".")[-1] in LATER:
             continue
         # lam = 1 in a preset and --config.objective.lam=1, which is read as 1.0, are one setting.
         found[key] = json.dumps(float(value) if kind is float else value)

@@ -15,12 +15,9 @@ from typing import Any
 import numpy as np
 
 from gopd_jax.models.tokenizer import Tokenizer
+from gopd_jax.reader import Reader, each_once, padded, require_fit
 from gopd_jax.records import plain, record, rows, task_of
-from gopd_jax.types import Prompts, Record
-
-# What is counted, and the setting that limits it.
-PROMPTS = ("prompts", "data.prompt_length")
-COMPLETIONS = ("completions", "sampling.completion_length")
+from gopd_jax.types import Prompts, Record, View
 
 N_SHOWN = 5  # bad rows that a message lists; it counts them all
 
@@ -41,6 +38,10 @@ class Dataset:
     def tasks(self) -> tuple[str, ...]:
         """Their order gives task_B its indices and a batch its row order."""
         return tuple(self.records)
+
+    def only(self, task: str) -> Dataset:
+        """Its records of one task."""
+        return dataclasses.replace(self, records={task: self.records[task]})
 
 
 def load(source: str, tasks: Sequence[str]) -> Dataset:
@@ -101,24 +102,26 @@ def group_sizes(n_prompts: int, rollouts: int, tasks: Sequence[str]) -> tuple[in
 
 def prompts(
     dataset: Dataset,
-    tokenizer: Tokenizer,
+    reader: Reader,
     step: int,
     *,
     seed: int,
     n_prompts: int,
     rollouts: int,
-    prompt_length: int,
     process: int = 0,
     n_processes: int = 1,
     completion_length: int | None = None,
+    teachers: dict[str, Reader] | None = None,
+    reference: Reader | None = None,
 ) -> Prompts:
     """One process's rows of the step's global batch of B = n_prompts * rollouts rows.
 
     A pure function of (seed, step). Rows are sorted by task in dataset.tasks' order, the rollouts
     of a prompt are adjacent, and process p holds rows [p * B / n_processes, ...). A task's records
     are taken in a new order every epoch, each once. With completion_length, the records' own
-    completions too: right-padded, one end token appended. ValueError for a prompt or completion
-    that does not fit, and for rows that do not divide.
+    completions too: right-padded, one end token appended. reader is the student's; teachers (task
+    -> reader, all of one length) and reference are given where they read otherwise. ValueError for
+    a prompt or completion that does not fit, and for rows that do not divide.
     """
     per_task = group_sizes(n_prompts, 1, dataset.tasks)[0]
     if not 0 <= process < n_processes or n_prompts * rollouts % n_processes:
@@ -134,18 +137,12 @@ def prompts(
     for group in np.unique(group_B).tolist():
         task = dataset.tasks[group // per_task]
         picked[group] = _at(dataset, task, step * per_task + group % per_task, seed)
-    group_of = group_B.tolist()
-    asked = {group: _prompt(record, tokenizer) for group, record in picked.items()}
-    _require_fit(list(asked.values()), list(picked.values()), prompt_length, *PROMPTS)
-    tokens_BP, valid_BP = _padded(
-        [asked[group] for group in group_of], prompt_length, tokenizer.pad_id, left=True
-    )
+    records = tuple(picked[group] for group in group_B.tolist())
+    tokens_BP, valid_BP = reader.prompts(records)
     completion_BC = completion_mask_BC = None
     if completion_length is not None:
-        given = {group: _completion(record, tokenizer) for group, record in picked.items()}
-        _require_fit(list(given.values()), list(picked.values()), completion_length, *COMPLETIONS)
-        completion_BC, completion_mask_BC = _padded(
-            [given[group] for group in group_of], completion_length, tokenizer.pad_id, left=False
+        completion_BC, completion_mask_BC = _completions(
+            records, reader.tokenizer, completion_length
         )
     return Prompts(
         tokens_BP=tokens_BP,
@@ -153,21 +150,21 @@ def prompts(
         task_B=task_B,
         group_B=group_B,
         row_B=row_B,
-        records=tuple(picked[group] for group in group_of),
+        records=records,
         completion_BC=completion_BC,
         completion_mask_BC=completion_mask_BC,
+        teacher=None if teachers is None else _by_teacher(records, teachers),
+        reference=None if reference is None else View(*reference.prompts(records)),
     )
 
 
-def of_records(records: Sequence[Record], tokenizer: Tokenizer, *, prompt_length: int) -> Prompts:
+def of_records(records: Sequence[Record], reader: Reader) -> Prompts:
     """These records' prompts, a row each, in this order: evaluation, notebooks.
 
     Every row is a group and task of its own number 0; row_B counts from 0.
     """
-    ids = [_prompt(record, tokenizer) for record in records]
-    _require_fit(ids, records, prompt_length, *PROMPTS)
-    tokens_BP, valid_BP = _padded(ids, prompt_length, tokenizer.pad_id, left=True)
-    row_B = np.arange(len(ids), dtype=np.int32)
+    tokens_BP, valid_BP = reader.prompts(records)
+    row_B = np.arange(len(records), dtype=np.int32)
     return Prompts(
         tokens_BP=tokens_BP,
         valid_BP=valid_BP,
@@ -178,24 +175,17 @@ def of_records(records: Sequence[Record], tokenizer: Tokenizer, *, prompt_length
     )
 
 
-def check_lengths(
-    dataset: Dataset,
-    tokenizer: Tokenizer,
-    prompt_length: int,
-    *,
-    completion_length: int | None = None,
-) -> int:
+def check_lengths(dataset: Dataset, reader: Reader, *, completion_length: int | None = None) -> int:
     """Tokens of the longest prompt, after rendering every record's.
 
-    ValueError counts the prompts that are longer than prompt_length and, with completion_length,
+    ValueError counts the prompts that are longer than reader.length and, with completion_length,
     the completions that are missing or longer. Nothing is dropped.
     """
     everything = [record for records in dataset.records.values() for record in records]
-    ids = [_prompt(record, tokenizer) for record in everything]
-    _require_fit(ids, everything, prompt_length, *PROMPTS)
+    ids = [reader.ids(record) for record in everything]
+    require_fit(ids, everything, reader.length, "prompts", reader.setting)
     if completion_length is not None:
-        answers = [_completion(record, tokenizer) for record in everything]
-        _require_fit(answers, everything, completion_length, *COMPLETIONS)
+        _completions(everything, reader.tokenizer, completion_length)
     return max(map(len, ids))
 
 
@@ -242,49 +232,34 @@ def _at(dataset: Dataset, task: str, position: int, seed: int) -> Record:
     return records[_order(seed, task, epoch, len(records))[place]]
 
 
-def _prompt(record: Record, tokenizer: Tokenizer) -> list[int]:
-    try:
-        ids = tokenizer.render(record.messages)
-    except ValueError as error:
-        raise ValueError(f"{record.source}: {error}") from error
-    if not ids:
-        raise ValueError(f"{record.source}: the chat template makes nothing of its messages")
-    return ids
+def _by_teacher(records: Sequence[Record], teachers: dict[str, Reader]) -> View:
+    """Each row as its own task's teacher reads it."""
+    rows = [teachers[record.task].prompts([record]) for record in records]
+    tokens, valid = (np.concatenate(parts) for parts in zip(*rows))
+    return View(tokens, valid)
 
 
-def _completion(record: Record, tokenizer: Tokenizer) -> list[int] | None:
-    """Ids with one end token, or None where the record has no completion."""
-    if record.completion is None:
-        return None
+def _completions(records: Sequence[Record], tokenizer: Tokenizer, length: int):
+    """(completion_BC, completion_mask_BC) of the records' own completions, right-padded."""
+    distinct = {id(record): record for record in records}.values()
+    if lacking := [record.source for record in distinct if record.completion is None]:
+        raise ValueError(
+            f"{len(lacking)} of {len(distinct)} records have no completion, the first is "
+            f"{lacking[0]}; objective.source = 'data' needs one in each"
+        )
+    ids = each_once(
+        lambda record: _completion(record, tokenizer),
+        records,
+        length,
+        "completions",
+        "sampling.completion_length",
+    )
+    return padded(ids, length, tokenizer.pad_id, left=False)
+
+
+def _completion(record: Record, tokenizer: Tokenizer) -> list[int]:
+    """Ids with one end token."""
     ids = tokenizer.encode(record.completion)
     if ends := set(ids) & set(tokenizer.eos_ids):
         raise ValueError(f"{record.source}: its completion holds the end token {sorted(ends)}")
     return [*ids, tokenizer.eos_ids[0]]
-
-
-def _require_fit(
-    ids: Sequence[list[int] | None], records: Sequence[Record], limit: int, what: str, setting: str
-) -> None:
-    if lacking := [r.source for r, row in zip(records, ids) if row is None]:
-        raise ValueError(
-            f"{len(lacking)} of {len(records)} records have no completion, the first is "
-            f"{lacking[0]}; objective.source = 'data' needs one in each"
-        )
-    lengths = [len(row) for row in ids]
-    if longer := sum(length > limit for length in lengths):
-        worst = int(np.argmax(lengths))
-        raise ValueError(
-            f"{longer} of {len(records)} {what} are longer than {setting} = {limit} tokens; the "
-            f"longest has {lengths[worst]}, {records[worst].source}. Raise {setting} to "
-            f"{lengths[worst]} or take them out of the data"
-        )
-
-
-def _padded(ids: Sequence[list[int]], width: int, fill: int, *, left: bool):
-    """ids int32 and where they are, bool: rows of `width`, padded on their left or right."""
-    tokens = np.full((len(ids), width), fill, np.int32)
-    valid = np.zeros((len(ids), width), bool)
-    for b, row in enumerate(ids):
-        span = slice(width - len(row), width) if left else slice(0, len(row))
-        tokens[b, span], valid[b, span] = row, True
-    return tokens, valid

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from gopd_jax import data, sharding
+from gopd_jax.reader import Reader
 from gopd_jax.types import Record
 from gopd_jax.verifiers import verify
 
@@ -45,13 +46,12 @@ def evaluate(
     sample: Callable,
     params,
     dataset: data.Dataset,
-    tokenizer,
+    reader: Reader,
     *,
     mesh,
     n_problems: int,
     n_samples: int,
     n_rows: int,
-    prompt_length: int,
     seed: int,
     step: int,
     model: str,
@@ -76,9 +76,7 @@ def evaluate(
         # The last batch is filled up with its last problem; those rows are dropped below.
         index = np.minimum(np.arange(start, start + n_rows), len(jobs) - 1)
         mine = index[process * share : (process + 1) * share]
-        prompts = data.of_records(
-            [jobs[i][2] for i in mine], tokenizer, prompt_length=prompt_length
-        )
+        prompts = data.of_records([jobs[i][2] for i in mine], reader)
         prompts = prompts.replace(
             row_B=np.arange(start, start + n_rows, dtype=np.int32)[
                 process * share : (process + 1) * share
@@ -88,7 +86,7 @@ def evaluate(
         rollout = sample(params, sharding.to_global(mesh, prompts), key)
         rollout = sharding.gather(rollout)
         n_real = min(n_rows, len(jobs) - start)
-        texts += completions(tokenizer, rollout)[:n_real]
+        texts += completions(reader.tokenizer, rollout)[:n_real]
         lengths += rollout.mask_BT.sum(1)[:n_real].tolist()
         ended += rollout.ended_B[:n_real].tolist()
     verdicts = verify(texts, [record for _, _, record in jobs])

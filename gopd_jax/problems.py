@@ -20,12 +20,13 @@ from gopd_jax.objectives.reductions import REDUCTIONS
 from gopd_jax.spec import resolve
 
 DTYPES = ("float32", "bfloat16")
+PLACEMENTS = ("device", "host")
 SCHEDULES = ("constant", "cosine")
 SOURCES = ("student", "teacher", "data")
 
 # A number is positive unless it is named here.
 MAY_BE_ZERO = ("seed", "objective.lam", "optimizer.warmup_steps", "optimizer.weight_decay")
-BELOW_ONE = ("optimizer.b1", "optimizer.b2")
+BELOW_ONE = ("optimizer.b1", "optimizer.b2", "follows")
 
 
 def find(config) -> list[str]:
@@ -36,8 +37,8 @@ def find(config) -> list[str]:
         if not _is(value, kind)
     ]:
         return wrong
-    checks = (_numbers, _choices, _objective, _roles, _models, _data, _batch, _times, _workdir)
-    return [problem for check in checks for problem in check(config)]
+    checks = (_numbers, _choices, _objective, _roles, _views, _models, _data, _batch, _times)
+    return [problem for check in (*checks, _workdir) for problem in check(config)]
 
 
 def unused(config) -> list[str]:
@@ -62,7 +63,7 @@ def unused(config) -> list[str]:
         for name in sorted(name for name in paths if name.startswith("teachers.")):
             if paths[name] == paths.get("reference"):
                 found.append(f"{name} is the reference, so log T - log R = 0 and lam has no effect")
-            elif paths[name] == paths.get("student"):
+            elif paths[name] == paths.get("student") and loaded[name].context is None:
                 found.append(f"{name} is the student itself: before the first step log T = log S")
     return found
 
@@ -89,9 +90,14 @@ def roles(config) -> dict:
     if _method(c) == "gopd" and c.objective.lam != 1 and c.reference is not None:
         found["reference"] = c.reference
     if _method(c) == "gopd" or c.objective.source == "teacher" or c.evaluation.teachers:
-        given = [task for task in c.data.tasks if task in c.teachers]
-        found |= {f"teachers.{task}": c.teachers[task] for task in given}
+        named = dict.fromkeys(teacher_of(c, task) for task in c.data.tasks)
+        found |= {f"teachers.{name}": c.teachers[name] for name in named if name in c.teachers}
     return found
+
+
+def teacher_of(config, task: str) -> str:
+    """Name of the task's teacher: what routes says, or the task's own name."""
+    return config.routes.get(task, task)
 
 
 def _method(config) -> str:
@@ -123,11 +129,11 @@ def _numbers(c) -> Iterator[str]:
             continue
         if not math.isfinite(value):
             yield f"{key} is {value}; it has to be finite"
-        elif key in BELOW_ONE and not 0 <= value < 1:
+        elif key.endswith(BELOW_ONE) and not 0 <= value < 1:
             yield f"{key} is {value}; it has to be at least 0 and less than 1"
         elif key in MAY_BE_ZERO and value < 0:
             yield f"{key} is {value}; it has to be 0 or more"
-        elif key not in (*MAY_BE_ZERO, *BELOW_ONE) and value <= 0:
+        elif key not in MAY_BE_ZERO and not key.endswith(BELOW_ONE) and value <= 0:
             yield f"{key} is {value}; it has to be positive"
     if c.seed >= 2**32:
         yield f"seed is {c.seed}; it has to be less than 2**32"
@@ -138,6 +144,7 @@ def _choices(c) -> Iterator[str]:
         ("optimizer.schedule", c.optimizer.schedule, SCHEDULES),
         ("objective.source", c.objective.source, SOURCES),
         *((k, value, DTYPES) for k, value, _ in leaves(c) if k.endswith(".dtype")),
+        *((k, value, PLACEMENTS) for k, value, _ in leaves(c) if k.endswith(".placement")),
     ):
         if value not in choices:
             yield f"{key} is {value!r}; it is one of {choices}"
@@ -179,11 +186,50 @@ def _roles(c) -> Iterator[str]:
             "what it does already; use source = 'teacher' or 'data'"
         )
     distils = method == "gopd" or o.source == "teacher"
-    if distils and (missing := sorted(set(c.data.tasks) - c.teachers.keys())):
+    missing = [task for task in c.data.tasks if teacher_of(c, task) not in c.teachers]
+    if distils and missing:
         yield (
-            f"tasks {missing} of data.tasks have no teacher; teachers are {sorted(c.teachers)}; "
-            "add theirs in a preset, or take the tasks out of data.tasks"
+            f"tasks {sorted(missing)} of data.tasks have no teacher; teachers are "
+            f"{sorted(c.teachers)} and routes {c.routes}; add theirs in a preset, route them to "
+            "one that there is, or take the tasks out of data.tasks"
         )
+    if stray := sorted(c.routes.keys() - set(c.data.tasks)):
+        yield f"routes names tasks {stray}, which are not in data.tasks = {c.data.tasks}"
+
+
+def _views(c) -> Iterator[str]:
+    """How roles read prompts, and which weights they have, beyond what each may."""
+    for key, why in (
+        ("context", "the student reads the plain prompt; give a teacher the context"),
+        ("prompt_length", "data.prompt_length is the student's"),
+    ):
+        if (value := getattr(c.student, key)) is not None:
+            yield f"student.{key} is {value!r}; {why}"
+    if c.student.placement != "device":
+        yield f"student.placement is {c.student.placement!r}; only frozen models can lie elsewhere"
+    followers = {f"teachers.{n}": m for n, m in c.teachers.items() if m.follows is not None}
+    for role, model in (("student", c.student), ("reference", c.reference)):
+        if model is not None and model.follows is not None:
+            yield f"{role}.follows is {model.follows}; only a teacher can follow the student"
+    if len({model.follows for model in followers.values()}) > 1:
+        said = {role: model.follows for role, model in followers.items()}
+        yield f"teachers follow the student at several decays, {said}; give one for all of them"
+    for role, model in followers.items():
+        paths = model.path, c.student.path
+        if None not in paths and len({os.path.realpath(path) for path in paths}) > 1:
+            yield (
+                f"{role} follows the student and has another path, {model.path!r}; its weights are "
+                f"the student's average, so give {c.student.path!r}"
+            )
+        if model.placement != "device":
+            yield f"{role} follows the student, which is on the device; leave its placement"
+    if followers and c.objective.source == "teacher":
+        yield (
+            f"objective.source = 'teacher' and {sorted(followers)} follow the student; let frozen "
+            "teachers write, or use source = 'student'"
+        )
+    if c.sampling.stop is not None and not c.sampling.stop:
+        yield "sampling.stop is (); name the tokens that end a completion, or none for the model's"
 
 
 def _models(c) -> Iterator[str]:

@@ -157,7 +157,7 @@ def record(row: dict, where: str) -> Record:
         answer=answer,
         verifier=verifier,
         source=where,
-        completion=_get(row, "completion") if "completion" in _given(row) else None,
+        **{k: _get(row, k) for k in ("completion", "context") if k in _given(row)},
     )
 
 

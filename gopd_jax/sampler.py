@@ -88,6 +88,8 @@ def assemble(prompts, tokens_BC, mask_BC, logp_BC, ended_B) -> Rollout:
         group_B=prompts.group_B,
         task_B=prompts.task_B,
         n_prompt=n_prompt,
+        teacher=prompts.teacher,
+        reference=prompts.reference,
     )
 
 

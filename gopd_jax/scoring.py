@@ -11,25 +11,34 @@ from gopd_jax.models import decoder as lm
 from gopd_jax.sampler import pick
 
 
-def score(decoder, params, rollout, *, temperature: float, n_vocab: int, chunk: int):
+def score(decoder, params, rollout, *, temperature: float, n_vocab: int, chunk: int, view=None):
     """(logp_BT, entropy_BT) of the sampled tokens: float32 nats, 0 off the mask.
 
-    Differentiable in params through logp_BT; entropy_BT carries no gradient. `chunk` positions have
-    logits at one time; the result does not depend on it. Ids from n_vocab on have no mass.
+    view: the prompts as this model reads them (types.View); None: as the student does. The
+    completion and the positions of the result are the rollout's in either case. Differentiable in
+    params through logp_BT; entropy_BT carries no gradient. `chunk` positions have logits at one
+    time; the result does not depend on it. Ids from n_vocab on have no mass.
     """
-    first = rollout.n_prompt - 1  # the prediction of the first completion token
-    hidden_BLD = lm.hidden(decoder, params, rollout.tokens_BL, rollout.valid_BL)
+    n_prompt, tokens_BL, valid_BL = rollout.n_prompt, rollout.tokens_BL, rollout.valid_BL
+    ids_BC, mask_BC = tokens_BL[:, n_prompt:], valid_BL[:, n_prompt:]
+    if view is not None:
+        tokens_BL = jnp.concatenate([view.tokens_BP, ids_BC], 1)
+        valid_BL = jnp.concatenate([view.valid_BP, mask_BC], 1)
+    hidden_BLD = lm.hidden(decoder, params, tokens_BL, valid_BL)
+    # Position t predicts token t + 1: from the prompt's last position to the last but one.
+    first = tokens_BL.shape[1] - ids_BC.shape[1] - 1
     logp_BC, entropy_BC = head_chunks(
         decoder,
         params,
         hidden_BLD[:, first:-1],
-        rollout.tokens_BL[:, first + 1 :],
+        ids_BC,
         temperature=temperature,
         n_vocab=n_vocab,
         chunk=chunk,
     )
     mask_BT = rollout.mask_BT
-    logp_BT, entropy_BT = (jnp.pad(x, ((0, 0), (first, 0))) for x in (logp_BC, entropy_BC))
+    before = ((0, 0), (n_prompt - 1, 0))
+    logp_BT, entropy_BT = (jnp.pad(x, before) for x in (logp_BC, entropy_BC))
     return jnp.where(mask_BT, logp_BT, 0.0), jnp.where(mask_BT, entropy_BT, 0.0)
 
 

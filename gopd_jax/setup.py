@@ -15,6 +15,8 @@ from gopd_jax.models import tokenizer as tokenizers
 from gopd_jax.models.decoder import Decoder
 from gopd_jax.objectives import objective
 from gopd_jax.problems import roles as loaded_roles
+from gopd_jax.problems import teacher_of
+from gopd_jax.reader import Reader, find_context, template_options
 from gopd_jax.verifiers import verify
 
 TOO_LONG = "x" * 70_000
@@ -27,8 +29,12 @@ class Role:
     path: str
     digest: str  # of its weights and config.json
     decoder: Decoder
-    params: dict
-    tokenizer: tokenizers.Tokenizer
+    params: dict | None  # None of a teacher that follows the student
+    reader: Reader  # its tokenizer, template and context
+
+    @property
+    def tokenizer(self) -> tokenizers.Tokenizer:
+        return self.reader.tokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,7 +43,7 @@ class Run:
 
     config: settings.Config
     mesh: jax.sharding.Mesh
-    roles: dict[str, Role]  # student, reference, teacher:<task>
+    roles: dict[str, Role]  # student, reference, teacher:<name>
     train: data.Dataset
     test: data.Dataset
     recipe: step.Recipe
@@ -68,18 +74,18 @@ def prepare(config: settings.Config) -> Run:
     test = _try(problems, data.load, c.data.test, c.data.tasks)
     _refuse(problems)
     _check_contract(roles)
-    _check_data(c, train, test, roles["student"].tokenizer)
+    stop = _stop_ids(c, roles["student"].tokenizer)
+    _check_data(c, train, test, roles)
+    teachers = tuple(dict.fromkeys(teacher_of(c, t) for t in c.data.tasks)) if uses_teachers else ()
     return Run(
         config=c,
         mesh=mesh,
         roles=roles,
         train=train,
         test=test,
-        recipe=_recipe(c, mesh, goal, roles, uses_teachers),
+        recipe=_recipe(c, mesh, goal, roles, teachers, stop),
         frozen=step.Frozen(
-            teachers=tuple(roles[f"teacher:{task}"].params for task in c.data.tasks)
-            if uses_teachers
-            else (),
+            teachers=tuple(roles[f"teacher:{name}"].params for name in teachers),
             reference=roles["reference"].params if goal.reference else None,
         ),
         identity=_identity(c, roles, train, test),
@@ -107,15 +113,15 @@ def _checked_mesh(c: settings.Config) -> jax.sharding.Mesh:
     return mesh
 
 
-def _recipe(c: settings.Config, mesh, goal, roles: dict[str, Role], uses_teachers) -> step.Recipe:
-    """What the step is compiled from."""
-    chat = roles["student"].tokenizer
+def _recipe(c: settings.Config, mesh, goal, roles, teachers: tuple[str, ...], stop) -> step.Recipe:
+    """What the step is compiled from; teachers: names of those that score or write."""
     optimizer, rate = step.make_optimizer(**dataclasses.asdict(c.optimizer), steps=c.steps)
-    teachers = [roles[f"teacher:{task}"].decoder for task in c.data.tasks] if uses_teachers else ()
+    decays = {c.teachers[name].follows for name in teachers} - {None}
     return step.Recipe(
         mesh=mesh,
         student=roles["student"].decoder,
-        teachers=tuple(teachers),
+        teachers=tuple(roles[f"teacher:{name}"].decoder for name in teachers),
+        routes=tuple(teachers.index(teacher_of(c, t)) for t in c.data.tasks) if teachers else (),
         reference=roles["reference"].decoder if goal.reference else None,
         objective=goal,
         optimizer=optimizer,
@@ -124,10 +130,11 @@ def _recipe(c: settings.Config, mesh, goal, roles: dict[str, Role], uses_teacher
         group_rows=data.group_sizes(c.batch.prompts, c.batch.rollouts, c.data.tasks),
         completion_length=c.sampling.completion_length,
         temperature=c.sampling.temperature,
-        eos_ids=chat.eos_ids,
-        n_vocab=chat.vocab_size,
+        eos_ids=stop,
+        n_vocab=roles["student"].tokenizer.vocab_size,
         microbatches=c.batch.microbatches,
         head_chunk=c.batch.head_chunk,
+        ema_decay=next(iter(decays), None),
     )
 
 
@@ -143,26 +150,72 @@ def _identity(c: settings.Config, roles: dict[str, Role], train, test) -> dict[s
 
 
 def _load_roles(models: dict[str, settings.Model], mesh, c, problems) -> dict[str, Role]:
-    """Each model once, however many roles it has; what is wrong with any goes to `problems`."""
-    loaded: dict[tuple, Role | None] = {}
+    """Every role. Each model is loaded once, however many have it; what is wrong with any goes to
+    `problems`."""
+    loaded: dict[tuple, tuple | None] = {}
     roles = {}
+    # The widths of a jit are static: all teachers' prompts are padded to the longest of theirs.
+    width = max(
+        (_length(m, c) for n, m in models.items() if n.startswith("teacher:")), default=None
+    )
     for name, model in models.items():
-        key = (str(Path(model.path).resolve()), model.dtype)
+        key = (str(Path(model.path).resolve()), model.placement)
         if key not in loaded:
             loaded[key] = _try(problems, _load, name, model, mesh, c, says=f"{name}: ")
-        roles[name] = loaded[key]
+        length = width if name.startswith("teacher:") else _length(model, c)
+        reader = _try(problems, _reader, name, model, loaded[key], length, says=f"{name}: ")
+        if loaded[key] is None or reader is None:
+            continue
+        cfg, params, digest, _ = loaded[key]
+        roles[name] = Role(
+            path=model.path,
+            digest=digest,
+            decoder=Decoder(cfg, dtype=model.dtype),
+            params=params if model.follows is None else None,
+            reader=reader,
+        )
     return roles
 
 
-def _load(name: str, model: settings.Model, mesh, c: settings.Config) -> Role:
+def _length(model: settings.Model, c: settings.Config) -> int:
+    return model.prompt_length or c.data.prompt_length
+
+
+def _reader(name: str, model: settings.Model, loaded, length: int) -> Reader | None:
+    """How the role reads; ValueError for a context or for template options that make no sense."""
+    context, options = find_context(model.context), template_options(model.template)
+    if loaded is None:
+        return None
+    *_, chat = loaded
+    if unknown := sorted(options.keys() - chat.template_variables()):
+        raise ValueError(
+            f"template is {model.template!r}, and the chat template of {model.path} uses none of "
+            f"{unknown}; its variables are {sorted(chat.template_variables())}"
+        )
+    return Reader(
+        tokenizer=chat,
+        length=length,
+        options=options,
+        context=context,
+        setting=_length_setting(name, model),
+    )
+
+
+def _length_setting(name: str, model: settings.Model) -> str:
+    own = model.prompt_length is not None
+    return f"{name.replace('teacher:', 'teachers.')}.prompt_length" if own else "data.prompt_length"
+
+
+def _load(name: str, model: settings.Model, mesh, c: settings.Config):
+    """(its ModelConfig, params, digest, tokenizer)."""
     cfg = hf.load_config(model.path)
     axes = lm_params.logical_axes(cfg)
     problems = sharding.mesh_problems(mesh, lm_params.abstract_params(cfg), axes, role=name)
-    length = c.data.prompt_length + c.sampling.completion_length
+    length = _length(model, c) + c.sampling.completion_length
     if length > cfg.max_position_embeddings:
         problems.append(
-            f"data.prompt_length + sampling.completion_length = {length} tokens, and {model.path} "
-            f"has max_position_embeddings = {cfg.max_position_embeddings}; shorten one"
+            f"{_length_setting(name, model)} + sampling.completion_length = {length} tokens, and "
+            f"{model.path} has max_position_embeddings = {cfg.max_position_embeddings}; shorten one"
         )
     chat = tokenizers.load(model.path)
     if chat.vocab_size > cfg.vocab_size:
@@ -172,44 +225,69 @@ def _load(name: str, model: settings.Model, mesh, c: settings.Config) -> Role:
         )
     if problems:
         raise ValueError("; ".join(problems))
-    return Role(
-        path=model.path,
-        digest=hf.weights_digest(model.path),
-        decoder=Decoder(cfg, dtype=model.dtype),
-        params=hf.load_params(model.path, cfg, shardings=sharding.shardings(mesh, axes)),
-        tokenizer=chat,
-    )
+    where = sharding.shardings(mesh, axes)
+    if model.placement == "host":
+        where = sharding.on_host(where)
+    params = hf.load_params(model.path, cfg, shardings=where)
+    return cfg, params, hf.weights_digest(model.path), chat
 
 
 def _check_contract(roles: dict[str, Role]) -> None:
-    """Completion ids and prompts are shared, so every role must read both as the student does."""
+    """Completion ids are shared, so every role must read them as the student does."""
     student, problems = roles["student"].tokenizer, []
     for name, role in roles.items():
         _try(problems, tokenizers.require_same_ids, student, role.tokenizer, name)
-        theirs, ours = role.tokenizer.template_fingerprint(), student.template_fingerprint()
-        if theirs != ours:
-            problems.append(
-                f"{name} at {role.path} has the chat template {theirs} and the student at "
-                f"{roles['student'].path} has {ours}; every role is shown the student's prompt, so "
-                "copy the student's chat template into that directory if the model was trained "
-                "with it, or choose another model"
-            )
-        if set(role.tokenizer.eos_ids) != set(student.eos_ids):
-            problems.append(
-                f"{name} at {role.path} ends a completion with ids "
-                f"{sorted(role.tokenizer.eos_ids)} and the student with {sorted(student.eos_ids)}; "
-                "make eos_token_id in their generation_config.json agree, or lengths will run away"
-            )
     _refuse(problems)
 
 
-def _check_data(c: settings.Config, train: data.Dataset, test: data.Dataset, chat) -> None:
+def _stop_ids(c: settings.Config, chat: tokenizers.Tokenizer) -> tuple[int, ...]:
+    """Ids that end a completion: those of sampling.stop, or the student's own."""
+    if c.sampling.stop is None:
+        return chat.eos_ids
+    if unknown := [token for token in c.sampling.stop if token not in chat.contents]:
+        raise ValueError(
+            f"sampling.stop has {unknown}, which are no tokens of {chat.path}; its own ends are "
+            f"{[chat.contents[i] for i in chat.eos_ids]}"
+        )
+    ids = tuple(chat.contents.index(token) for token in dict.fromkeys(c.sampling.stop))
+    if c.objective.source == "data" and chat.eos_ids[0] not in ids:
+        raise ValueError(
+            f"sampling.stop is {c.sampling.stop} and the data's completions end with "
+            f"{chat.contents[chat.eos_ids[0]]!r}, the student's own end; name it too"
+        )
+    return ids
+
+
+def views(c: settings.Config, roles: dict[str, Role]) -> dict:
+    """Readers of the teachers and of the reference where they read otherwise than the student.
+
+    Options of data.prompts: teachers by task, reference; absent where they read as it does.
+    """
+    own, found = roles["student"].reader, {}
+    teachers = {t: roles.get(f"teacher:{teacher_of(c, t)}") for t in c.data.tasks}
+    if all(teachers.values()):
+        readers = {task: role.reader for task, role in teachers.items()}
+        if not all(reader.reads_as(own) for reader in readers.values()):
+            found["teachers"] = readers
+    if "reference" in roles and not roles["reference"].reader.reads_as(own):
+        found["reference"] = roles["reference"].reader
+    return found
+
+
+def _check_data(c: settings.Config, train: data.Dataset, test: data.Dataset, roles) -> None:
     """Every prompt fits, every answer can be verified, there is enough to evaluate on."""
     problems: list[str] = []
     imitates = c.sampling.completion_length if c.objective.source == "data" else None
-    limit = c.data.prompt_length
-    _try(problems, data.check_lengths, train, chat, limit, completion_length=imitates)
-    _try(problems, data.check_lengths, test, chat, limit)
+    own, other = roles["student"].reader, views(c, roles)
+    _try(problems, data.check_lengths, train, own, completion_length=imitates)
+    _try(problems, data.check_lengths, test, own)
+    for task, reader in other.get("teachers", {}).items():
+        says = f"teacher {teacher_of(c, task)!r} on task {task!r}: "
+        _try(problems, data.check_lengths, train.only(task), reader, says=says)
+        if c.evaluation.teachers:
+            _try(problems, data.check_lengths, test, reader, says=says)
+    if "reference" in other:
+        _try(problems, data.check_lengths, train, other["reference"], says="reference: ")
     _try(problems, held_out, test, c.evaluation.problems)
     for dataset in (train, test):
         for task, records in dataset.records.items():

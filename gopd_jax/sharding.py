@@ -70,6 +70,11 @@ def shardings(mesh: Mesh, logical_axes, rules=TRAIN):
     )
 
 
+def on_host(tree):
+    """The same NamedShardings, in the memory of the devices' hosts."""
+    return jax.tree.map(lambda where: where.with_memory_kind("pinned_host"), tree)
+
+
 def mesh_problems(mesh: Mesh, abstract_params, logical_axes, *, role: str) -> list[str]:
     """Dimensions of a model that the mesh does not divide, by parameter."""
     found: dict[str, str] = {}

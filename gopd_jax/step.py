@@ -14,7 +14,7 @@ import optax
 from flax import struct
 from jax.sharding import Mesh
 
-from gopd_jax import sampler, scoring, sharding
+from gopd_jax import batching, sampler, scoring, sharding
 from gopd_jax.models.decoder import Decoder
 from gopd_jax.models.params import abstract_params, logical_axes
 from gopd_jax.objectives.diagnostics import diagnostics
@@ -28,7 +28,8 @@ class Recipe:
 
     mesh: Mesh
     student: Decoder
-    teachers: tuple[Decoder, ...]  # of the tasks in their order; empty where none scores
+    teachers: tuple[Decoder, ...]  # each once; empty where none scores
+    routes: tuple[int, ...]  # index in teachers of each task's own
     reference: Decoder | None
     objective: Objective
     optimizer: optax.GradientTransformation
@@ -41,13 +42,18 @@ class Recipe:
     n_vocab: int  # ids that can be sampled
     microbatches: int
     head_chunk: int
+    ema_decay: float | None = None  # of the student's moving average, where a teacher follows it
 
 
 @struct.dataclass
 class Frozen:
-    """Parameters that no gradient reaches: each task's teacher, and the reference or None."""
+    """Parameters that no gradient reaches: each teacher's, and the reference's or None.
 
-    teachers: tuple[Params, ...]
+    They may lie in host memory (memory kind pinned_host): the step brings them in one model after
+    another, and keeps none. A teacher that is None follows the student: see `following`.
+    """
+
+    teachers: tuple[Params | None, ...]
     reference: Params | None
 
 
@@ -90,7 +96,8 @@ def state_shardings(recipe: Recipe) -> TrainState:
         of_params,
         transform_non_params=lambda _: whole,
     )
-    return TrainState(step=whole, params=of_params, opt_state=of_opt)
+    of_ema = None if recipe.ema_decay is None else of_params
+    return TrainState(step=whole, params=of_params, opt_state=of_opt, ema=of_ema)
 
 
 def init_state(recipe: Recipe, params: Params) -> TrainState:
@@ -99,9 +106,16 @@ def init_state(recipe: Recipe, params: Params) -> TrainState:
     def start(params):
         # A copy: the state is donated to the step, and the reference may be the same arrays.
         params = jax.tree.map(jnp.copy, params)
-        return TrainState(jnp.int32(0), params, recipe.optimizer.init(params))
+        ema = None if recipe.ema_decay is None else jax.tree.map(jnp.copy, params)
+        return TrainState(jnp.int32(0), params, recipe.optimizer.init(params), ema)
 
     return jax.jit(start, out_shardings=state_shardings(recipe))(params)
+
+
+def following(frozen: Frozen, state: TrainState) -> Frozen:
+    """The frozen models, with the student's moving average for each teacher that follows it."""
+    teachers = (state.ema if params is None else params for params in frozen.teachers)
+    return frozen.replace(teachers=tuple(teachers))
 
 
 # --- the stages
@@ -120,12 +134,12 @@ def generate(recipe: Recipe, params: Params, frozen: Frozen, prompts: Prompts, k
             jnp.ones(shape[0], bool),
         )
     elif recipe.source == "teacher":
-        parts = _by_task(
-            recipe,
-            prompts,
-            lambda i, rows: _sample(recipe, recipe.teachers[i], frozen.teachers[i], rows, key),
-        )
-        rollout = jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts)
+
+        def write(i, rows, after):
+            params = batching.resident(frozen.teachers[i], after)
+            return _sample(recipe, recipe.teachers[i], params, rows, key, view=rows.teacher)
+
+        rollout = batching.by_teacher(write, prompts, **_groups(recipe))
     else:
         rollout = _sample(recipe, recipe.student, params, prompts, key)
     return jax.lax.stop_gradient(sharding.constrain_rows(rollout))
@@ -135,14 +149,15 @@ def score(recipe: Recipe, frozen: Frozen, rollout: Rollout) -> Scores:
     """What the objective needs of the frozen models: each row by its own teacher. No gradient."""
     teacher_BT = ref_BT = None
     if recipe.objective.teacher:
-        parts = _by_task(
-            recipe,
-            rollout,
-            lambda i, rows: _logps(recipe, recipe.teachers[i], frozen.teachers[i], rows),
-        )
-        teacher_BT = sharding.constrain_rows(jnp.concatenate(parts))
+
+        def judge(i, rows, after):
+            params = batching.resident(frozen.teachers[i], after)
+            return _logps(recipe, recipe.teachers[i], params, rows, "teacher")
+
+        teacher_BT = sharding.constrain_rows(batching.by_teacher(judge, rollout, **_groups(recipe)))
     if recipe.objective.reference:
-        ref_BT = _logps(recipe, recipe.reference, frozen.reference, rollout)
+        params = batching.resident(frozen.reference, teacher_BT)
+        ref_BT = _logps(recipe, recipe.reference, params, rollout, "reference")
     return jax.lax.stop_gradient(Scores(teacher_BT=teacher_BT, ref_BT=ref_BT))
 
 
@@ -173,18 +188,22 @@ def update(recipe: Recipe, state: TrainState, rollout: Rollout, scores: Scores):
         return (loss + more, jax.tree.map(jnp.add, grads, grads_more)), seen
 
     zero = jnp.float32(0), jax.tree.map(jnp.zeros_like, state.params)
-    pieces = _split((rollout, scores, weight_BT), recipe.microbatches)
+    rows = rollout.replace(teacher=None, reference=None), scores, weight_BT
+    pieces = batching.split(rows, recipe.microbatches)
     (loss, grads), seen = jax.lax.scan(one, zero, pieces)
-    student_BT, entropy_BT, advantage_BT = _join(seen, recipe.microbatches)
+    student_BT, entropy_BT, advantage_BT = batching.join(seen, recipe.microbatches)
 
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(grad_norm) & jnp.isfinite(loss)
     updates, opt_state = recipe.optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    params, opt_state = jax.tree.map(
+    ema = None
+    if (decay := recipe.ema_decay) is not None:
+        ema = jax.tree.map(lambda m, p: decay * m + (1 - decay) * p, state.ema, params)
+    params, opt_state, ema = jax.tree.map(
         lambda new, old: jnp.where(finite, new, old),
-        (params, opt_state),
-        (state.params, state.opt_state),
+        (params, opt_state, ema),
+        (state.params, state.opt_state, state.ema),
     )
     metrics = diagnostics(
         rollout,
@@ -200,7 +219,7 @@ def update(recipe: Recipe, state: TrainState, rollout: Rollout, scores: Scores):
         "skipped": Mean(1.0 - finite.astype(jnp.float32), one_count),
         "learning_rate": Mean(jnp.float32(recipe.learning_rate(state.step)), one_count),
     }
-    return TrainState(state.step + 1, params, opt_state), metrics
+    return TrainState(state.step + 1, params, opt_state, ema), metrics
 
 
 # --- their compositions
@@ -210,6 +229,7 @@ def fused(recipe: Recipe) -> Callable:
     """jit of (state, frozen, prompts, key) -> (state, rollout, metrics); the state is donated."""
 
     def step(state, frozen, prompts, key):
+        frozen = following(frozen, state)
         rollout = generate(recipe, state.params, frozen, prompts, key)
         state, metrics = update(recipe, state, rollout, score(recipe, frozen, rollout))
         return state, rollout, metrics
@@ -221,7 +241,8 @@ def staged(recipe: Recipe) -> tuple[Callable, Callable, Callable]:
     """(generate, score, update) as three jits.
 
     generate(params, frozen, prompts, key) -> rollout; score(frozen, rollout) -> scores;
-    update(state, rollout, scores) -> (state, metrics), which donates the state.
+    update(state, rollout, scores) -> (state, metrics), which donates the state. frozen is that of
+    `following` where a teacher follows the student.
     """
     rows, whole = _rows_and_whole(recipe)
     return (
@@ -239,30 +260,34 @@ def staged(recipe: Recipe) -> tuple[Callable, Callable, Callable]:
 def sampling(recipe: Recipe, decoder: Decoder) -> Callable:
     """jit of (params, prompts, key) -> rollout for any model of the run: evaluation."""
     rows, _ = _rows_and_whole(recipe)
-    return _jit(recipe, lambda params, *args: _sample(recipe, decoder, params, *args), rows)
+
+    def sample(params, prompts, key):
+        return _sample(recipe, decoder, batching.resident(params), prompts, key)
+
+    return _jit(recipe, sample, rows)
 
 
 def _jit(recipe, function, out_shardings, donate=()):
     compiled = jax.jit(function, out_shardings=out_shardings, donate_argnums=donate)
 
-    def call(*args):
-        with sharding.use(recipe.mesh):
-            return compiled(*args)
+    def on_mesh(method):
+        def call(*args):
+            with sharding.use(recipe.mesh):
+                return method(*args)
 
-    def trace(*args):
-        with sharding.use(recipe.mesh):
-            return compiled.trace(*args)
+        return call
 
-    def lower(*args):
-        with sharding.use(recipe.mesh):
-            return compiled.lower(*args)
-
-    call.trace, call.lower = trace, lower
+    call = on_mesh(compiled)
+    call.trace, call.lower = on_mesh(compiled.trace), on_mesh(compiled.lower)
     return call
 
 
 def _rows_and_whole(recipe):
     return sharding.by_rows(recipe.mesh), sharding.replicated(recipe.mesh)
+
+
+def _groups(recipe) -> dict:
+    return {"mesh": recipe.mesh, "routes": recipe.routes, "group_rows": recipe.group_rows}
 
 
 def _head(recipe) -> dict:
@@ -273,8 +298,12 @@ def _head(recipe) -> dict:
     }
 
 
-def _sample(recipe, decoder, params, prompts, key):
-    """sampler.generate from a copy of the weights in decode layout and dtype, made once."""
+def _sample(recipe, decoder, params, prompts, key, view=None):
+    """sampler.generate from a copy of the weights in decode layout and dtype, made once.
+
+    view: the prompts as the model reads them, where that is not as the student does; the rollout
+    is that of the student's prompts all the same.
+    """
     axes = sharding.shardings(recipe.mesh, logical_axes(decoder.cfg), sharding.DECODE)
 
     def gather(path, x, layout):
@@ -283,52 +312,39 @@ def _sample(recipe, decoder, params, prompts, key):
         x = x if is_norm else x.astype(decoder.dtype)
         return jax.lax.with_sharding_constraint(x, layout)
 
-    return sampler.generate(
+    seen = prompts
+    if view is not None:
+        seen = prompts.replace(tokens_BP=view.tokens_BP, valid_BP=view.valid_BP)
+    rollout = sampler.generate(
         decoder,
         jax.tree_util.tree_map_with_path(gather, params, axes),
-        prompts,
+        seen,
         key,
         completion_length=recipe.completion_length,
         temperature=recipe.temperature,
         eos_ids=recipe.eos_ids,
         n_vocab=recipe.n_vocab,
     )
+    if view is None:
+        return rollout
+    n = rollout.n_prompt
+    tokens_BC, mask_BC = rollout.tokens_BL[:, n:], rollout.mask_BT[:, n - 1 :]
+    logp_BC = rollout.logp_BT[:, n - 1 :]
+    return sampler.assemble(prompts, tokens_BC, mask_BC, logp_BC, rollout.ended_B)
 
 
-def _logps(recipe, decoder, params, rollout):
-    """logp_BT of a frozen model, a microbatch of rows at a time as in the update."""
+def _logps(recipe, decoder, params, rollout, role: str):
+    """logp_BT of a frozen model, a microbatch of rows at a time as in the update.
+
+    role: teacher or reference, whose view of the prompts it is shown.
+    """
     n_rows = rollout.tokens_BL.shape[0]
     microbatch = sum(recipe.group_rows) // recipe.microbatches
     local = n_rows // sharding.n_row_shards(recipe.mesh)
     n = next(n for n in range(-(-n_rows // microbatch), local + 1) if local % n == 0)
 
     def logps(rows):
-        return scoring.score(decoder, params, rows, **_head(recipe))[0]
+        view = getattr(rows, role)
+        return scoring.score(decoder, params, rows, view=view, **_head(recipe))[0]
 
-    return _join(jax.lax.map(logps, _split(rollout, n)), n)
-
-
-def _by_task(recipe, rows, function) -> list:
-    """function(i, the rows of task i) for each task, each result cut to the task's own rows.
-
-    A group that the row shards do not divide is filled up with its last row, so that shapes stay
-    static and even; what comes of those rows is dropped.
-    """
-    shards, start, results = sharding.n_row_shards(recipe.mesh), 0, []
-    for i, n_rows in enumerate(recipe.group_rows):
-        padded = -(-n_rows // shards) * shards
-        index = start + jnp.minimum(jnp.arange(padded), n_rows - 1)
-        group = sharding.constrain_rows(jax.tree.map(lambda x, j=index: x[j], rows))
-        results.append(jax.tree.map(lambda x, n=n_rows: x[:n], function(i, group)))
-        start += n_rows
-    return results
-
-
-def _split(rows, n: int):
-    """Rows -> [n, rows / n]: strided, so that each device keeps the rows that it holds."""
-    return jax.tree.map(lambda x: x.reshape(x.shape[0] // n, n, *x.shape[1:]).swapaxes(0, 1), rows)
-
-
-def _join(rows, n: int):
-    """What `_split` took apart."""
-    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(x.shape[1] * n, *x.shape[2:]), rows)
+    return batching.join(jax.lax.map(logps, batching.split(rollout, n)), n)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import shutil
 import signal
@@ -17,8 +18,8 @@ from gopd_jax import checkpoint, data, metrics, sharding, step
 from gopd_jax import config as settings
 from gopd_jax.evaluate import completions, evaluate
 from gopd_jax.models import hf
-from gopd_jax.models.params import abstract_params
-from gopd_jax.setup import Run, prepare
+from gopd_jax.models.params import abstract_params, table
+from gopd_jax.setup import Run, prepare, views
 from gopd_jax.types import Mean, Scores, TrainState
 from gopd_jax.verifiers import verify
 
@@ -141,7 +142,8 @@ def _abstract_state(recipe: step.Recipe) -> TrainState:
     """Shapes, dtypes and shardings of the run's TrainState."""
     params = abstract_params(recipe.student.cfg)
     opt_state = jax.eval_shape(recipe.optimizer.init, params)
-    shapes = TrainState(jax.ShapeDtypeStruct((), np.int32), params, opt_state)
+    ema = None if recipe.ema_decay is None else params
+    shapes = TrainState(jax.ShapeDtypeStruct((), np.int32), params, opt_state, ema)
     return jax.tree.map(
         lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
         shapes,
@@ -160,7 +162,9 @@ def _judge_all(this: Run, judge, state: TrainState, stop) -> int | None:
     for name in names if this.config.evaluation.teachers else ():
         if signal_of := stop():
             return signal_of
-        judge(name, this.roles[name].decoder, this.roles[name].params, 0)
+        follows = this.roles[name].params is None
+        params = state.params if follows else this.roles[name].params
+        judge(name, this.roles[name].decoder, params, 0)
     if signal_of := stop():
         return signal_of
     judge("student", this.student.decoder, state.params, 0)
@@ -197,9 +201,10 @@ def _advance(this: Run):
         step_key = jax.random.fold_in(key, i)
         reward_B = None
         if needs_reward:
-            rollout = generate(state.params, this.frozen, rows, step_key)
+            frozen = step.following(this.frozen, state)
+            rollout = generate(state.params, frozen, rows, step_key)
             reward_B = sharding.to_global(this.mesh, rewards(rollout, prompts))
-            scores = score(this.frozen, rollout)
+            scores = score(frozen, rollout)
             scores = Scores(teacher_BT=scores.teacher_BT, ref_BT=scores.ref_BT, reward_B=reward_B)
             state, found = update(state, rollout, scores)
         else:
@@ -224,21 +229,22 @@ def _prompts(this: Run):
     """step -> this process's prompts."""
     c = this.config
     process, n_processes = sharding.process_share(this.mesh, c.batch.prompts * c.batch.rollouts)
+    other = views(c, this.roles)
 
     def make(i: int):
         return data.prompts(
             this.train,
-            this.student.tokenizer,
+            this.student.reader,
             i,
             seed=c.seed,
             n_prompts=c.batch.prompts,
             rollouts=c.batch.rollouts,
-            prompt_length=c.data.prompt_length,
             process=process,
             n_processes=n_processes,
             completion_length=c.sampling.completion_length
             if c.objective.source == "data"
             else None,
+            **other,
         )
 
     return make
@@ -254,12 +260,11 @@ def _judge(this: Run, writer: metrics.Writer, progress: metrics.Progress):
             sample,
             params,
             this.test,
-            this.student.tokenizer,
+            this.roles[name].reader,
             mesh=this.mesh,
             n_problems=c.evaluation.problems,
             n_samples=c.evaluation.samples,
             n_rows=c.batch.prompts * c.batch.rollouts,
-            prompt_length=c.data.prompt_length,
             seed=EVALUATION_SEED,
             step=at,
             model=name,
@@ -282,7 +287,9 @@ def _write_run(workdir: Path, this: Run) -> None:
         name: {
             "path": role.path,
             "digest": role.digest,
-            "parameters": sum(x.size for x in jax.tree.leaves(role.params)),
+            "parameters": sum(
+                math.prod(row.shape(role.decoder.cfg)) for row in table(role.decoder.cfg)
+            ),
         }
         for name, role in this.roles.items()
     }

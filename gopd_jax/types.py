@@ -34,6 +34,18 @@ class Record:
     verifier: str  # a name in gopd_jax.verifiers.VERIFIERS
     source: str  # "file:line" or "dataset[index]", for messages
     completion: str | None = None  # a worked answer to imitate, where the dataset has one
+    context: str | None = None  # what only a teacher may be shown: a critique, a hint, a document
+
+
+@struct.dataclass
+class View:
+    """The rows' prompts as another role than the student reads them: its template, its context.
+
+    tokens_BP int32 left-padded to a width of its own; valid_BP bool.
+    """
+
+    tokens_BP: Any
+    valid_BP: Any
 
 
 @struct.dataclass
@@ -44,7 +56,9 @@ class Prompts:
     row's task; group_B int32, rows of one prompt share it; row_B int32, the row's index in the
     global batch, which names its randomness. completion_BC / completion_mask_BC hold the dataset's
     own completion, end token included, where the objective imitates it, and are None otherwise.
-    records are the rows' problems; they stay on the host (static: empty inside a jit).
+    teacher, reference are the rows as each one's own teacher and as the reference reads them, None
+    where that is as the student does. records are the rows' problems; they stay on the host
+    (static: empty inside a jit).
     """
 
     tokens_BP: Any
@@ -55,6 +69,8 @@ class Prompts:
     records: tuple[Record, ...] = struct.field(pytree_node=False, default=())
     completion_BC: Any = None
     completion_mask_BC: Any = None
+    teacher: View | None = None
+    reference: View | None = None
 
 
 @struct.dataclass
@@ -64,8 +80,8 @@ class Rollout:
     tokens_BL int32; valid_BL bool, False on both paddings; mask_BT bool, True where
     tokens_BL[:, t + 1] was sampled, end token included; logp_BT float32 nats under the sampler,
     0 off the mask; ended_B bool, False where the completion was cut at the length limit;
-    group_B, task_B int32 as in Prompts. n_prompt is the static prompt width P, so that the
-    completion fills tokens_BL[:, P:] and predictions [:, P - 1:].
+    group_B, task_B int32, teacher, reference as in Prompts. n_prompt is the static prompt width P,
+    so that the completion fills tokens_BL[:, P:] and predictions [:, P - 1:].
     """
 
     tokens_BL: Array
@@ -76,6 +92,8 @@ class Rollout:
     group_B: Array
     task_B: Array
     n_prompt: int = struct.field(pytree_node=False)
+    teacher: View | None = None
+    reference: View | None = None
 
 
 @struct.dataclass
@@ -95,11 +113,16 @@ class Scores:
 
 @struct.dataclass
 class TrainState:
-    """What a checkpoint holds of the training: step int32 scalar, params, optax state."""
+    """What a checkpoint holds of the training.
+
+    step int32 scalar; params, those that are trained; optax state; ema, their exponential moving
+    average, where a teacher follows the student, and None elsewhere.
+    """
 
     step: Array
     params: Params
     opt_state: Any
+    ema: Params | None = None
 
 
 @struct.dataclass

@@ -120,6 +120,7 @@ def setting(make_model, make_mesh, make_prompts):
             mesh=mesh,
             student=student[0],
             teachers=tuple(decoder for decoder, _ in teachers),
+            routes=(0, 1),
             reference=reference[0],
             objective=objective.build(
                 advantage=advantage, lam=lam, loss="policy_gradient", reduction="token_mean"

@@ -102,15 +102,10 @@ def test_a_teacher_of_another_tokenizer_is_named_with_the_ids_that_differ(root):
     (a, i), (b, j) = list(vocabulary.items())[-2:]
     vocabulary[a], vocabulary[b] = j, i
     file.write_text(json.dumps(words))
-    (root / "teacher_code" / "chat_template.jinja").write_text("{{ messages[0].content }}")
-    ends = {"eos_token_id": [5]}
-    (root / "teacher_code" / "generation_config.json").write_text(json.dumps(ends))
     said = refused(root)
     assert f"teacher:math {root}/teacher_math (512 ids) and student {root}/base (512 ids)" in said
     assert f"differ in 2 ids (id {min(i, j)}: student" in said
     assert "give a teacher:math of the student's tokenizer" in said
-    assert f"teacher:code at {root}/teacher_code has the chat template" in said
-    assert f"teacher:code at {root}/teacher_code ends a completion with ids [2, 5]" in said
 
 
 def test_an_embedding_with_fewer_rows_than_the_tokenizer_has_ids(root):

@@ -3,6 +3,7 @@ import json
 import threading
 import time
 
+import jax
 import numpy as np
 import pytest
 import tokenizers
@@ -10,6 +11,7 @@ from tokenizers import models, pre_tokenizers
 
 from gopd_jax import data
 from gopd_jax.models import tokenizer as tokenizer_lib
+from gopd_jax.reader import Reader
 
 TASKS = ("math", "code")
 ORDER_0 = [0, 6, 2, 3, 5, 4, 1, 7]
@@ -49,8 +51,12 @@ def dataset_of(path, n_math=6, n_code=4, **changes):
 
 
 def batch(dataset, tokenizer, step, **changes):
-    sizes = {"seed": 3, "n_prompts": 4, "rollouts": 3, "prompt_length": 6} | changes
-    return data.prompts(dataset, tokenizer, step, **sizes)
+    sizes = {"seed": 3, "n_prompts": 4, "rollouts": 3} | changes
+    return data.prompts(dataset, read(tokenizer, sizes.pop("prompt_length", 6)), step, **sizes)
+
+
+def read(tokenizer, length):
+    return Reader(tokenizer=tokenizer, length=length)
 
 
 def same(a, b):
@@ -133,7 +139,8 @@ def test_nothing_repeats_within_an_epoch_that_ends_inside_a_batch(tmp_path, toke
 @pytest.mark.parametrize("n_processes", [2, 3, 4, 6, 12])
 def test_the_processes_rows_make_up_the_global_batch(tmp_path, tokenizer, n_processes):
     dataset = dataset_of(tmp_path, completion="w3")
-    arguments = {"completion_length": 3}
+    wide = read(tokenizer, 8)
+    arguments = {"completion_length": 3, "teachers": dict.fromkeys(TASKS, wide), "reference": wide}
     whole = batch(dataset, tokenizer, 7, **arguments)
     parts = [
         batch(dataset, tokenizer, 7, process=p, n_processes=n_processes, **arguments)
@@ -145,7 +152,8 @@ def test_the_processes_rows_make_up_the_global_batch(tmp_path, tokenizer, n_proc
         if field.name == "records":
             assert sum(pieces, ()) == whole.records
         else:
-            np.testing.assert_array_equal(np.concatenate(pieces), getattr(whole, field.name))
+            joined = jax.tree.map(lambda *xs: np.concatenate(xs), *pieces)
+            jax.tree.map(np.testing.assert_array_equal, joined, getattr(whole, field.name))
 
 
 @pytest.mark.parametrize(
@@ -201,7 +209,7 @@ def test_completions_that_cannot_be_imitated_are_refused(tmp_path, tokenizer, co
     with pytest.raises(ValueError, match=message):
         batch(dataset, tokenizer, 0, completion_length=2)
     with pytest.raises(ValueError, match=message.replace("4 of 4", "10 of 10")):
-        data.check_lengths(dataset, tokenizer, 5, completion_length=2)
+        data.check_lengths(dataset, read(tokenizer, 5), completion_length=2)
 
 
 def test_check_lengths_counts_every_prompt_and_names_the_longest(tmp_path, tokenizer):
@@ -209,13 +217,13 @@ def test_check_lengths_counts_every_prompt_and_names_the_longest(tmp_path, token
     lengths = {
         r.source: len(tokenizer.render(r.messages)) for rs in dataset.records.values() for r in rs
     }
-    assert data.check_lengths(dataset, tokenizer, 5) == max(lengths.values()) == 5
+    assert data.check_lengths(dataset, read(tokenizer, 5)) == max(lengths.values()) == 5
     longer = sum(length > 3 for length in lengths.values())
     assert 0 < longer < 10
     with pytest.raises(
         ValueError, match=f"{longer} of 10 prompts are longer than data.prompt_length = 3"
     ) as error:
-        data.check_lengths(dataset, tokenizer, 3)
+        data.check_lengths(dataset, read(tokenizer, 3))
     (named,) = [source for source in lengths if f"has 5, {source}. Raise" in str(error.value)]
     assert lengths[named] == 5
 
@@ -227,7 +235,7 @@ def test_a_prompt_that_the_template_refuses_or_empties_is_named(tmp_path, tokeni
         (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<end>"}')
         (tmp_path / "chat_template.jinja").write_text(template)
         with pytest.raises(ValueError, match=rf"rows\.jsonl:1: .*{message}"):
-            data.check_lengths(dataset, tokenizer_lib.load(tmp_path), 5)
+            data.check_lengths(dataset, read(tokenizer_lib.load(tmp_path), 5))
 
 
 def test_prefetch_yields_in_order_from_its_start():

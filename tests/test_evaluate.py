@@ -7,6 +7,7 @@ import tiny
 
 from gopd_jax import data, evaluate, sharding, step, train
 from gopd_jax.models import tokenizer as tokenizers
+from gopd_jax.reader import Reader
 from gopd_jax.types import Rollout
 
 LENGTH = 64
@@ -68,12 +69,11 @@ def measured(world, n_rows, n_problems=3, n_samples=2):
         sample,
         None,
         dataset,
-        chat,
+        Reader(tokenizer=chat, length=48),
         mesh=sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1]),
         n_problems=n_problems,
         n_samples=n_samples,
         n_rows=n_rows,
-        prompt_length=48,
         seed=1,
         step=7,
         model="student",
@@ -137,12 +137,11 @@ def test_a_models_completions_do_not_depend_on_the_batch(tmp_path):
             step.sampling(this.recipe, this.student.decoder),
             this.student.params,
             this.test,
-            this.student.tokenizer,
+            this.student.reader,
             mesh=this.mesh,
             n_problems=3,
             n_samples=4,
             n_rows=prompts,
-            prompt_length=48,
             seed=1,
             step=0,
             model="student",

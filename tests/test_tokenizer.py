@@ -212,20 +212,24 @@ def test_fingerprints_tell_ids_and_templates_apart(tmp_path):
     assert written[0].template_fingerprint() != base.template_fingerprint()
 
 
-def test_differences_lists_changed_and_extra_ids(tmp_path):
+def test_differences_lists_the_students_ids_that_changed_or_are_lacking(tmp_path):
     a = tokenizer_lib.load(write(tmp_path / "a"))
     b = tokenizer_lib.load(
         write(tmp_path / "b", special=("<|endoftext|>", "<|x|>", "<|im_end|>", "<|y|>"))
     )
     assert tokenizer_lib.differences(a, a) == []
-    assert tokenizer_lib.differences(a, b) == [(257, "<|im_start|>", "<|x|>"), (259, None, "<|y|>")]
+    # Whoever samples a's ids never meets b's further ones; the other way round it does.
+    assert tokenizer_lib.differences(a, b) == [(257, "<|im_start|>", "<|x|>")]
+    assert tokenizer_lib.differences(b, a) == [(257, "<|x|>", "<|im_start|>"), (259, "<|y|>", None)]
     assert tokenizer_lib.differences(b, a, limit=1) == [(257, "<|x|>", "<|im_start|>")]
     tokenizer_lib.require_same_ids(a, a, "teacher")
+    more = tokenizer_lib.load(write(tmp_path / "more", special=(*SPECIAL, "<|z|>")))
+    tokenizer_lib.require_same_ids(a, more, "teacher")
     with pytest.raises(
-        ValueError, match=r"teacher math .*\(260 ids\) .*\(259 ids\) differ in 2 ids"
+        ValueError, match=r"teacher math .*\(259 ids\) .*\(260 ids\) differ in 2 ids"
     ) as error:
-        tokenizer_lib.require_same_ids(a, b, "teacher math")
-    assert "id 257: student '<|im_start|>', teacher math '<|x|>'; id 259" in str(error.value)
+        tokenizer_lib.require_same_ids(b, a, "teacher math")
+    assert "id 257: student '<|x|>', teacher math '<|im_start|>'; id 259" in str(error.value)
     assert "give a teacher math of the student's tokenizer" in str(error.value)
 
 

@@ -30,6 +30,7 @@ from gopd_jax.microworld.cells import GROUPS, Cell, Scope, cells, identity, pres
 from gopd_jax.models import hf
 from gopd_jax.models import tokenizer as tokenizers
 from gopd_jax.models.decoder import Decoder
+from gopd_jax.reader import Reader
 
 EVALUATION_ROWS = 256  # sampled at a time
 HELP = {
@@ -48,9 +49,8 @@ class Bench:
 
     scope: Scope
     recipe: step.Recipe
-    chat: tokenizers.Tokenizer
+    reader: Reader
     test: data.Dataset
-    prompt_length: int
 
 
 def bench(scope: Scope) -> Bench:
@@ -65,9 +65,8 @@ def bench(scope: Scope) -> Bench:
         completion_length=c.sampling.completion_length,
     )
     test = data.load(c.data.test, c.data.tasks)
-    return Bench(
-        scope=scope, recipe=recipe, chat=chat, test=test, prompt_length=c.data.prompt_length
-    )
+    reader = Reader(tokenizer=chat, length=c.data.prompt_length)
+    return Bench(scope=scope, recipe=recipe, reader=reader, test=test)
 
 
 def held_out(test: data.Dataset, n_problems: int, seed: int) -> data.Dataset:
@@ -92,12 +91,11 @@ def judge(cell: Cell, shared: Bench) -> dict:
         _sampler(shared.recipe, Decoder(cfg)),
         hf.load_params(cell.model, cfg),
         held_out(shared.test, shared.scope.problems, cell.seed),
-        shared.chat,
+        shared.reader,
         mesh=shared.recipe.mesh,
         n_problems=shared.scope.problems,
         n_samples=shared.scope.samples,
         n_rows=EVALUATION_ROWS,
-        prompt_length=shared.prompt_length,
         seed=cell.seed,
         step=0,
         model=cell.name,

@@ -27,12 +27,10 @@ from gopd_jax.models import params as lm_params
 from gopd_jax.models import tokenizer as tokenizers
 from gopd_jax.models.decoder import Decoder
 from gopd_jax.objectives import objective
+from gopd_jax.reader import Reader
 from gopd_jax.verifiers import verify
 
 PROMPT, COMPLETION = 44, 36  # tokens; the longest problem and answer fit
-
-# Rows whose activations fit a CPU's caches: several times faster than all rows at once.
-MICROBATCH = 16
 
 SMALL = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4}
 LARGE = {"hidden_size": 192, "intermediate_size": 576, "num_hidden_layers": 4}
@@ -52,12 +50,21 @@ class Stage:
     warmup_steps: int = 0
     prompts: int = 64
     rollouts: int = 1
+    # Rows whose activations fit a CPU's caches: several times faster than all rows at once.
+    microbatch: int = 16
     advantage: str = "imitation"
     dtype: str = "float32"  # of the stored weights
 
 
 STAGES = (
-    Stage(name="base", size=SMALL, start=None, schedule="cosine", warmup_steps=50),
+    Stage(
+        name="base",
+        size=SMALL,
+        start=None,
+        schedule="cosine",
+        warmup_steps=50,
+        microbatch=32,  # of the shipped weights: another split rounds otherwise
+    ),
     Stage(
         name="teacher_math",
         size=SMALL,
@@ -161,6 +168,7 @@ def recipe_of(stage: Stage, chat, mesh) -> step.Recipe:
         mesh=mesh,
         student=Decoder(model_config(stage.size)),
         teachers=(),
+        routes=(),
         reference=None,
         objective=objective.build(
             advantage=stage.advantage, lam=1.0, loss="policy_gradient", reduction="token_mean"
@@ -173,7 +181,7 @@ def recipe_of(stage: Stage, chat, mesh) -> step.Recipe:
         temperature=1.0,
         eos_ids=chat.eos_ids,
         n_vocab=chat.vocab_size,
-        microbatches=stage.prompts * stage.rollouts // MICROBATCH,
+        microbatches=stage.prompts * stage.rollouts // stage.microbatch,
         head_chunk=8,
     )
 
@@ -190,12 +198,11 @@ def train(stage: Stage, params, chat, mesh, seed: int, log):
     def make(i):
         return data.prompts(
             pool,
-            chat,
+            Reader(tokenizer=chat, length=PROMPT),
             i,
             seed=seed,
             n_prompts=stage.prompts,
             rollouts=stage.rollouts,
-            prompt_length=PROMPT,
             completion_length=COMPLETION if imitates else None,
         )
 
@@ -230,12 +237,11 @@ def accuracy(stage: Stage, params, chat, mesh, n_problems: int, step_: int) -> l
         step.sampling(recipe, recipe.student),
         params,
         problems(tasks.TASKS, n_problems, 0, "test"),
-        chat,
+        Reader(tokenizer=chat, length=PROMPT),
         mesh=mesh,
         n_problems=n_problems,
         n_samples=4,
         n_rows=256,
-        prompt_length=PROMPT,
         seed=0,
         step=step_,
         model=stage.name,

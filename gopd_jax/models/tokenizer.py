@@ -91,9 +91,17 @@ class Tokenizer:
         """Sixteen hex digits of id -> content: equal where a completion's ids mean the same."""
         return _digest(self.contents)
 
+    def encoding_fingerprint(self) -> str:
+        """Sixteen hex digits of tokenizer.json's content: equal where every text has equal ids."""
+        return _digest(self.backend.to_str())
+
+    def template_variables(self) -> set[str]:
+        """Names that the chat template reads."""
+        return jinja2.meta.find_undeclared_variables(_environment().parse(self.template))
+
     def template_fingerprint(self) -> str:
         """Sixteen hex digits of the template and of the special tokens that it writes."""
-        names = jinja2.meta.find_undeclared_variables(_environment().parse(self.template))
+        names = self.template_variables()
         used = {name: token for name, token in self.special.items() if name in names}
         return _digest([self.template, used])
 
@@ -134,17 +142,22 @@ def load(path: str | Path) -> Tokenizer:
 def differences(
     a: Tokenizer, b: Tokenizer, limit: int | None = 5
 ) -> list[tuple[int, str | None, str | None]]:
-    """The first `limit` (id, content in a, content in b) that differ; None where a side has no id.
+    """The first `limit` (id, content in a, content in b) of a's ids that differ in b.
 
-    limit None lists all of them.
+    The content in b is None where b has no such id. Ids that only b has are left out: who samples
+    a's ids never meets them. limit None lists all of them.
     """
-    pairs = enumerate(itertools.zip_longest(a.contents, b.contents))
-    differing = ((i, x, y) for i, (x, y) in pairs if x != y)
+    theirs = itertools.chain(b.contents, itertools.repeat(None))
+    pairs = enumerate(zip(a.contents, theirs))
+    differing = ((i, x, y) for i, (x, y) in pairs if x != y and x is not None)
     return list(itertools.islice(differing, limit))
 
 
 def require_same_ids(student: Tokenizer, other: Tokenizer, role: str) -> None:
-    """ValueError unless every id has the same content in both: completion ids are shared."""
+    """ValueError unless every id of the student's has the same content in the other.
+
+    Completion ids are shared, and the student writes them. The other may have more ids.
+    """
     if not (found := differences(student, other, limit=None)):
         return
     shown = "; ".join(f"id {i}: student {x!r}, {role} {y!r}" for i, x, y in found[:5])
