@@ -59,6 +59,11 @@ class Run:
                 found.setdefault(row["model"], {})[row["task"]] = row
         return found
 
+    def teacher(self, task: str) -> str:
+        """Name under which the task's own teacher is evaluated."""
+        routes = self.info.get("config", {}).get("routes", {})
+        return f"teacher:{routes.get(task, task)}"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chart:
@@ -211,10 +216,10 @@ def accuracy_figures(runs: list[Run], tasks: list[str]) -> list[dict]:
             )
             levels |= {m: by_task[task] for m, by_task in run.others().items() if task in by_task}
         for model, row in levels.items():
-            own = model.removeprefix("teacher:")
-            if len(runs) > 1 and own != task:
+            if len(runs) > 1 and all(model != run.teacher(task) for run in runs):
                 continue
-            colour = series(tasks.index(own)) if len(runs) == 1 and own in tasks else MUTED
+            own = [t for t in tasks if runs[0].teacher(t) == model]
+            colour = series(tasks.index(own[0])) if len(runs) == 1 and len(own) == 1 else MUTED
             points = [(row["step"], row["accuracy"])]
             lines.append(Line(label=model, points=points, colour=colour, dashed=True, level=True))
         if lines := [line for line in lines if line.points]:

@@ -121,7 +121,7 @@ def _results(runs: list[Run], tasks: list[str]) -> list[dict]:
                 task: {
                     "points": cells[task]["accuracy"] - before[task]["accuracy"],
                     "gap": _recovered(
-                        before[task], cells[task], others.get(f"teacher:{task}", {}).get(task)
+                        before[task], cells[task], others.get(run.teacher(task), {}).get(task)
                     ),
                 }
                 for task in cells
@@ -159,8 +159,8 @@ def _samples(runs: list[Run], tasks: list[str]) -> list[dict]:
                 heading = f"{run.name}, step {step}" if later else f"student, step {step}"
                 shown = [row for row in rows if (row["model"], row["step"]) == ("student", step)]
                 columns.setdefault(heading, _by_prompt(shown))
-            if teacher := [row for row in rows if row["model"] == f"teacher:{task}"]:
-                columns.setdefault(f"teacher:{task}", _by_prompt(teacher))
+            if teacher := [row for row in rows if row["model"] == run.teacher(task)]:
+                columns.setdefault(run.teacher(task), _by_prompt(teacher))
         # The teacher last, whichever run brought it.
         columns = dict(sorted(columns.items(), key=lambda column: column[0].startswith("teacher:")))
         prompts = [*dict.fromkeys(p for heading in columns for p in columns[heading])]
