@@ -27,6 +27,7 @@ class Model:
     prompt_length: int | None = None  # tokens of the prompt as it reads it; None: data's
     placement: str = "device"  # of a frozen model's weights: device, or host and streamed in
     follows: float | None = None  # a teacher that is the student's moving average of this decay
+    fingerprint: str | None = None  # first digits of its sha256 as preflight shows it, to insist on
 
 
 @dataclass(slots=True, kw_only=True)
@@ -129,6 +130,7 @@ class Config:
     mesh: Mesh = field(default_factory=Mesh)  # devices along each axis
     checkpoints: Checkpoints = field(default_factory=Checkpoints)  # when the state is written
     evaluation: Evaluation = field(default_factory=Evaluation)  # accuracy, of what and when
+    preflight: str = "refuse"  # what follows a failed check before step 0: refuse, warn; or off
     profile: str | None = None  # steps "10:13" to trace with the JAX profiler; None: no trace
 
     def problems(self) -> list[str]:
@@ -149,12 +151,12 @@ def to_dict(config: Config) -> dict:
 
 
 # Settings that may change between a run and its continuation: they change no number it computes.
-MAY_CHANGE = ("workdir", "checkpoints", "profile", "mesh")
+MAY_CHANGE = ("workdir", "checkpoints", "preflight", "profile", "mesh")
 # Read from files, which are identified by their content; and where weights lie.
 BY_CONTENT = ("path", "data.train", "data.test", "placement")
 # Options of later versions: absent from a run's identity while they are off, so that a run of an
 # earlier version is continued.
-LATER = ("template", "context", "prompt_length", "follows", "stop")
+LATER = ("template", "context", "prompt_length", "follows", "stop", "fingerprint")
 
 
 def identity(config: Config) -> dict[str, str]:

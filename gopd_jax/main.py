@@ -49,7 +49,7 @@ def main(argv):
 
     config = CONFIG.value
     try:
-        begun = train.begin(config)
+        begun = train.check(train.begin(config))
     except (ValueError, OSError) as error:
         _refuse(error)
     summary = train.finish(begun)

@@ -21,6 +21,7 @@ from gopd_jax.spec import resolve
 
 DTYPES = ("float32", "bfloat16")
 PLACEMENTS = ("device", "host")
+PREFLIGHTS = ("refuse", "warn", "off")
 SCHEDULES = ("constant", "cosine")
 SOURCES = ("student", "teacher", "data")
 
@@ -143,6 +144,7 @@ def _choices(c) -> Iterator[str]:
     for key, value, choices in (
         ("optimizer.schedule", c.optimizer.schedule, SCHEDULES),
         ("objective.source", c.objective.source, SOURCES),
+        ("preflight", c.preflight, PREFLIGHTS),
         *((k, value, DTYPES) for k, value, _ in leaves(c) if k.endswith(".dtype")),
         *((k, value, PLACEMENTS) for k, value, _ in leaves(c) if k.endswith(".placement")),
     ):

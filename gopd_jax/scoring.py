@@ -19,6 +19,16 @@ def score(decoder, params, rollout, *, temperature: float, n_vocab: int, chunk: 
     params through logp_BT; entropy_BT carries no gradient. `chunk` positions have logits at one
     time; the result does not depend on it. Ids from n_vocab on have no mass.
     """
+    hidden_BCD, ids_BC = _hidden(decoder, params, rollout, view)
+    options = {"temperature": temperature, "n_vocab": n_vocab, "chunk": chunk}
+    logp_BC, entropy_BC = head_chunks(decoder, params, hidden_BCD, ids_BC, **options)
+    mask_BT = rollout.mask_BT
+    logp_BT, entropy_BT = (_on_positions(rollout, x) for x in (logp_BC, entropy_BC))
+    return jnp.where(mask_BT, logp_BT, 0.0), jnp.where(mask_BT, entropy_BT, 0.0)
+
+
+def _hidden(decoder, params, rollout, view):
+    """(hidden_BCD that predict the completion, its ids_BC), after the model's own prompt."""
     n_prompt, tokens_BL, valid_BL = rollout.n_prompt, rollout.tokens_BL, rollout.valid_BL
     ids_BC, mask_BC = tokens_BL[:, n_prompt:], valid_BL[:, n_prompt:]
     if view is not None:
@@ -27,19 +37,12 @@ def score(decoder, params, rollout, *, temperature: float, n_vocab: int, chunk: 
     hidden_BLD = lm.hidden(decoder, params, tokens_BL, valid_BL)
     # Position t predicts token t + 1: from the prompt's last position to the last but one.
     first = tokens_BL.shape[1] - ids_BC.shape[1] - 1
-    logp_BC, entropy_BC = head_chunks(
-        decoder,
-        params,
-        hidden_BLD[:, first:-1],
-        ids_BC,
-        temperature=temperature,
-        n_vocab=n_vocab,
-        chunk=chunk,
-    )
-    mask_BT = rollout.mask_BT
-    before = ((0, 0), (n_prompt - 1, 0))
-    logp_BT, entropy_BT = (jnp.pad(x, before) for x in (logp_BC, entropy_BC))
-    return jnp.where(mask_BT, logp_BT, 0.0), jnp.where(mask_BT, entropy_BT, 0.0)
+    return hidden_BLD[:, first:-1], ids_BC
+
+
+def _on_positions(rollout, values_BC):
+    """Values of the completion's tokens at the rollout's positions: _BC -> _BT."""
+    return jnp.pad(values_BC, ((0, 0), (rollout.n_prompt - 1, 0)))
 
 
 def head_chunks(decoder, params, hidden_BCD, ids_BC, *, temperature, n_vocab, chunk):
@@ -70,3 +73,18 @@ def head_chunks(decoder, params, hidden_BCD, ids_BC, *, temperature, n_vocab, ch
         return x.swapaxes(0, 1).reshape(n_rows, n_chunks * chunk)[:, :n_positions]
 
     return join(logp), join(entropy)
+
+
+def mass(decoder, params, rollout, ids, *, temperature: float, n_vocab: int, chunk: int, view=None):
+    """Probability_BT of any of `ids` in place of each completion token, 0 off the mask.
+
+    The arguments are those of `score`.
+    """
+    probability_BT = jnp.zeros(rollout.mask_BT.shape)
+    hidden_BCD, _ = _hidden(decoder, params, rollout, view)
+    for i in ids:
+        ids_BC = jnp.full(hidden_BCD.shape[:2], i, jnp.int32)
+        options = {"temperature": temperature, "n_vocab": n_vocab, "chunk": chunk}
+        logp_BC, _ = head_chunks(decoder, params, hidden_BCD, ids_BC, **options)
+        probability_BT += jnp.exp(_on_positions(rollout, logp_BC))
+    return jnp.where(rollout.mask_BT, probability_BT, 0.0)

@@ -14,6 +14,7 @@ from gopd_jax.models import params as lm_params
 from gopd_jax.models import tokenizer as tokenizers
 from gopd_jax.models.decoder import Decoder
 from gopd_jax.objectives import objective
+from gopd_jax.optimizer import make_optimizer
 from gopd_jax.problems import roles as loaded_roles
 from gopd_jax.problems import teacher_of
 from gopd_jax.reader import Reader, find_context, template_options
@@ -115,7 +116,7 @@ def _checked_mesh(c: settings.Config) -> jax.sharding.Mesh:
 
 def _recipe(c: settings.Config, mesh, goal, roles, teachers: tuple[str, ...], stop) -> step.Recipe:
     """What the step is compiled from; teachers: names of those that score or write."""
-    optimizer, rate = step.make_optimizer(**dataclasses.asdict(c.optimizer), steps=c.steps)
+    optimizer, rate = make_optimizer(**dataclasses.asdict(c.optimizer), steps=c.steps)
     decays = {c.teachers[name].follows for name in teachers} - {None}
     return step.Recipe(
         mesh=mesh,
@@ -167,6 +168,11 @@ def _load_roles(models: dict[str, settings.Model], mesh, c, problems) -> dict[st
         if loaded[key] is None or reader is None:
             continue
         cfg, params, digest, _ = loaded[key]
+        if model.fingerprint is not None and not digest.startswith(model.fingerprint):
+            problems.append(
+                f"{name}: {model.path} has the fingerprint {digest[:12]}, and fingerprint is "
+                f"{model.fingerprint!r}; this is another model, or its files have changed"
+            )
         roles[name] = Role(
             path=model.path,
             digest=digest,
@@ -228,8 +234,8 @@ def _load(name: str, model: settings.Model, mesh, c: settings.Config):
     where = sharding.shardings(mesh, axes)
     if model.placement == "host":
         where = sharding.on_host(where)
-    params = hf.load_params(model.path, cfg, shardings=where)
-    return cfg, params, hf.weights_digest(model.path), chat
+    digest = hf.weights_digest(model.path)
+    return cfg, hf.load_params(model.path, cfg, shardings=where), digest, chat
 
 
 def _check_contract(roles: dict[str, Role]) -> None:

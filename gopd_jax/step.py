@@ -57,32 +57,6 @@ class Frozen:
     reference: Params | None
 
 
-def make_optimizer(
-    *,
-    learning_rate: float,
-    schedule: str,
-    warmup_steps: int,
-    steps: int,
-    b1: float,
-    b2: float,
-    weight_decay: float,
-    clip_norm: float,
-):
-    """(AdamW behind a clip of the global norm, its schedule: step -> rate).
-
-    schedule: "constant", or "cosine" to 0 at `steps`; either after a linear warm-up from 0.
-    """
-    rate = {
-        "constant": optax.constant_schedule(learning_rate),
-        "cosine": optax.cosine_decay_schedule(learning_rate, max(steps - warmup_steps, 1)),
-    }[schedule]
-    if warmup_steps:
-        warmup = optax.linear_schedule(0.0, learning_rate, warmup_steps)
-        rate = optax.join_schedules([warmup, rate], [warmup_steps])
-    adamw = optax.adamw(rate, b1=b1, b2=b2, weight_decay=weight_decay)
-    return optax.chain(optax.clip_by_global_norm(clip_norm), adamw), rate
-
-
 def state_shardings(recipe: Recipe) -> TrainState:
     """NamedShardings of a TrainState: moments lie as the parameters they belong to."""
     cfg, mesh = recipe.student.cfg, recipe.mesh
@@ -257,14 +231,26 @@ def staged(recipe: Recipe) -> tuple[Callable, Callable, Callable]:
     )
 
 
-def sampling(recipe: Recipe, decoder: Decoder) -> Callable:
-    """jit of (params, prompts, key) -> rollout for any model of the run: evaluation."""
+def sampling(recipe: Recipe, decoder: Decoder, *, greedy: bool = False) -> Callable:
+    """jit of (params, prompts, key) -> rollout for any model of the run: evaluation, preflight."""
     rows, _ = _rows_and_whole(recipe)
 
     def sample(params, prompts, key):
-        return _sample(recipe, decoder, batching.resident(params), prompts, key)
+        params = batching.resident(params)
+        return _sample(recipe, decoder, params, prompts, key, greedy=greedy)
 
     return _jit(recipe, sample, rows)
+
+
+def judging(recipe: Recipe, decoder: Decoder) -> Callable:
+    """jit of (params, rollout, view) -> (logp_BT, entropy_BT) for any model of the run."""
+    rows, _ = _rows_and_whole(recipe)
+
+    def judge(params, rollout, view):
+        params = batching.resident(params)
+        return scoring.score(decoder, params, rollout, view=view, **_head(recipe))
+
+    return _jit(recipe, judge, rows)
 
 
 def _jit(recipe, function, out_shardings, donate=()):
@@ -298,7 +284,7 @@ def _head(recipe) -> dict:
     }
 
 
-def _sample(recipe, decoder, params, prompts, key, view=None):
+def _sample(recipe, decoder, params, prompts, key, view=None, greedy=False):
     """sampler.generate from a copy of the weights in decode layout and dtype, made once.
 
     view: the prompts as the model reads them, where that is not as the student does; the rollout
@@ -324,6 +310,7 @@ def _sample(recipe, decoder, params, prompts, key, view=None):
         temperature=recipe.temperature,
         eos_ids=recipe.eos_ids,
         n_vocab=recipe.n_vocab,
+        greedy=greedy,
     )
     if view is None:
         return rollout

@@ -4,22 +4,21 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import shutil
-import signal
-import threading
 import time
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from gopd_jax import checkpoint, data, metrics, sharding, step
+from gopd_jax import checkpoint, data, metrics, preflight, sharding, step
 from gopd_jax import config as settings
 from gopd_jax.evaluate import completions, evaluate
 from gopd_jax.models import hf
 from gopd_jax.models.params import abstract_params, table
+from gopd_jax.problems import teacher_of
 from gopd_jax.setup import Run, prepare, views
+from gopd_jax.signals import stop_signals
 from gopd_jax.types import Mean, Scores, TrainState
 from gopd_jax.verifiers import verify
 
@@ -56,7 +55,7 @@ def run(config: settings.Config) -> Summary:
     Everything wrong with settings, models or data is a ValueError before the first compile. SIGTERM
     and Ctrl-C end the run after the step in hand, saved; the same call continues it.
     """
-    return finish(begin(config))
+    return finish(check(begin(config)))
 
 
 def begin(config: settings.Config) -> Begun:
@@ -77,6 +76,23 @@ def begin(config: settings.Config) -> Begun:
     return Begun(this=this, state=state)
 
 
+def check(begun: Begun) -> Begun:
+    """The same, after the preflight of a run that has not begun; ValueError where one fails."""
+    this, wanted = begun.this, begun.this.config.preflight
+    if wanted == "off" or begun.state is not None:
+        return begun
+    report = preflight.run(this)
+    if jax.process_index() == 0:
+        preflight.show(report)
+        preflight.write(report, this.config.workdir)
+    if wanted == "refuse" and (failures := report.failures()):
+        raise ValueError(
+            "\n".join(f"- {failure}" for failure in failures)
+            + "\nNothing was trained. To go on all the same: --config.preflight=warn"
+        )
+    return begun
+
+
 def finish(begun: Begun) -> Summary:
     """The rest of a run: evaluate, step, save, evaluate, export."""
     this, start, resumed = begun.this, begun.step, begun.state is not None
@@ -89,7 +105,7 @@ def finish(begun: Begun) -> Summary:
         _write_run(workdir, this)
     watch, signal_of = metrics.StopWatch(), None
     with (
-        _stop_signals() as stop,
+        stop_signals() as stop,
         contextlib.closing(manager),
         # A run without a checkpoint starts over: rows of step 0 are its to write again too.
         metrics.Writer(workdir, resume_step=start if resumed else -1, enabled=first) as writer,
@@ -105,7 +121,7 @@ def finish(begun: Begun) -> Summary:
             progress.note(note)
         judge = _judge(this, writer, progress)
         if not resumed:
-            signal_of = _judge_all(this, judge, state, stop)
+            signal_of = _judge_all(this, judge, state, stop, progress.note)
         watch.lap(0)
         advance = _advance(this)
         for i in range(start, config.steps):
@@ -156,18 +172,26 @@ def _steps(profile: str | None) -> range:
     return range(*map(int, profile.split(":"))) if profile else range(0)
 
 
-def _judge_all(this: Run, judge, state: TrainState, stop) -> int | None:
+def _judge_all(this: Run, judge, state: TrainState, stop, note) -> int | None:
     """Evaluate the teachers and the student before the first step; the signal that cut it short."""
-    names = [name for name in this.roles if name.startswith("teacher:")]
+    names, found = [name for name in this.roles if name.startswith("teacher:")], {}
     for name in names if this.config.evaluation.teachers else ():
         if signal_of := stop():
             return signal_of
         follows = this.roles[name].params is None
         params = state.params if follows else this.roles[name].params
-        judge(name, this.roles[name].decoder, params, 0)
+        found[name] = judge(name, this.roles[name].decoder, params, 0)
     if signal_of := stop():
         return signal_of
-    judge("student", this.student.decoder, state.params, 0)
+    students = judge("student", this.student.decoder, state.params, 0)
+    for task in this.train.tasks if this.recipe.teachers else ():
+        if (name := f"teacher:{teacher_of(this.config, task)}") in found:
+            told, own = found[name][task], students[task]
+            if told["accuracy"] <= own["accuracy"] + math.hypot(told["stderr"], own["stderr"]):
+                note(
+                    f"warning: {name} is no better than the student on {task!r}, "
+                    f"{told['accuracy']:.1%} and {own['accuracy']:.1%}: is it the right teacher?"
+                )
     return None
 
 
@@ -277,6 +301,7 @@ def _judge(this: Run, writer: metrics.Writer, progress: metrics.Progress):
             for row in result.rows
         )
         progress.note(f"step {at:4d}  {name:14s} {shown}")
+        return {row["task"]: row for row in result.rows}
 
     return judge
 
@@ -310,38 +335,3 @@ def _write_run(workdir: Path, this: Run) -> None:
     part = workdir / "run.json.part"
     part.write_text(json.dumps(described, indent=1) + "\n")
     part.replace(workdir / "run.json")
-
-
-@contextlib.contextmanager
-def _stop_signals():
-    """A function that gives the SIGTERM or SIGINT that came, on any process, or None.
-
-    A second signal of a kind acts as if there were no handler, for a run that hangs. A signal that
-    was ignored before (nohup, a shell's background job) stays ignored.
-    """
-    caught, before = [], {}
-
-    def handle(number, _frame):
-        caught.append(number)
-        signal.signal(number, before[number])
-        # Not print: a signal may come in the middle of another write.
-        os.write(2, b"\nstopping after the step in hand; once more to stop at once\n")
-
-    def stop() -> int | None:
-        if jax.process_count() == 1:
-            return caught[0] if caught else None
-        if not sharding.any_process(bool(caught)):
-            return None
-        terminated = sharding.any_process(signal.SIGTERM in caught)
-        return signal.SIGTERM if terminated else signal.SIGINT
-
-    if threading.current_thread() is threading.main_thread():  # elsewhere they are the caller's
-        for number in (signal.SIGTERM, signal.SIGINT):
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                # None: a handler of C code, such as jax.distributed's notice of preemption.
-                before[number] = signal.signal(number, handle) or signal.SIG_DFL
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

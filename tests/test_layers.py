@@ -14,9 +14,11 @@ LAYERS = (
     ("config", "problems", "sharding", "microworld.preset"),
     ("models",),
     ("sampler", "scoring", "records", "reader", "data", "checkpoint"),
-    ("batching",),
-    ("step", "evaluate", "metrics"),
-    ("setup", "train"),
+    ("batching", "optimizer"),
+    ("step", "evaluate", "metrics", "signals"),
+    ("setup",),
+    ("probe", "preflight"),
+    ("train",),
     ("main", "report", "plots", "expo", *(f"microworld.{n}" for n in ("make", "cells", "compare"))),
 )
 LAYER = {name: i for i, names in enumerate(LAYERS) for name in names}

@@ -10,6 +10,7 @@ import pytest
 
 from gopd_jax import sharding, step
 from gopd_jax.models import decoder as lm
+from gopd_jax.optimizer import make_optimizer
 from gopd_jax.types import Scores, View
 
 TASK_B = np.repeat([0, 1], [6, 10])
@@ -232,17 +233,17 @@ def test_rewards_enter_between_the_stages(setting, first_step):
 def test_the_schedule_warms_up_and_then_holds_or_falls():
     options = {"learning_rate": 0.4, "steps": 10, "b1": 0.9, "b2": 0.999}
     options |= {"weight_decay": 0.0, "clip_norm": 1.0}
-    _, held = step.make_optimizer(schedule="constant", warmup_steps=4, **options)
+    _, held = make_optimizer(schedule="constant", warmup_steps=4, **options)
     np.testing.assert_allclose([held(i) for i in (0, 1, 4, 9)], [0, 0.1, 0.4, 0.4], rtol=1e-6)
-    _, falling = step.make_optimizer(schedule="cosine", warmup_steps=0, **options)
+    _, falling = make_optimizer(schedule="cosine", warmup_steps=0, **options)
     want = 0.2 * (1 + np.cos(np.pi * np.array([0, 3, 10]) / 10))
     np.testing.assert_allclose([falling(i) for i in (0, 3, 10)], want, atol=1e-7)
-    _, both = step.make_optimizer(schedule="cosine", warmup_steps=4, **options)
+    _, both = make_optimizer(schedule="cosine", warmup_steps=4, **options)
     np.testing.assert_allclose([both(i) for i in (2, 4, 7, 10)], [0.2, 0.4, 0.2, 0], atol=1e-7)
 
 
 def test_the_optimizer_is_adamw_behind_a_clip_of_the_global_norm():
-    optimizer, _ = step.make_optimizer(
+    optimizer, _ = make_optimizer(
         learning_rate=0.1,
         schedule="constant",
         warmup_steps=0,

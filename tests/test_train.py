@@ -13,6 +13,7 @@ import tiny
 
 from gopd_jax import checkpoint, metrics, train
 from gopd_jax.models import hf
+from gopd_jax.signals import stop_signals
 from gopd_jax.verifiers import verify
 
 ROWS = ("metrics.jsonl", "evaluation.jsonl", "samples.jsonl")
@@ -249,7 +250,7 @@ def test_imitation_refuses_a_completion_that_ends_before_its_end(root, tmp_path)
 def test_a_second_signal_acts_at_once_and_an_ignored_one_stays_ignored():
     # A shell starts background jobs with SIGINT ignored; the test must not depend on its caller.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    with train._stop_signals() as stop:
+    with stop_signals() as stop:
         assert stop() is None
         os.kill(os.getpid(), signal.SIGINT)
         assert stop() == signal.SIGINT
@@ -257,7 +258,7 @@ def test_a_second_signal_acts_at_once_and_an_ignored_one_stays_ignored():
             os.kill(os.getpid(), signal.SIGINT)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with train._stop_signals() as stop:
+        with stop_signals() as stop:
             assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
             os.kill(os.getpid(), signal.SIGINT)
             assert stop() is None
@@ -270,7 +271,7 @@ def test_signals_are_left_alone_outside_of_the_main_thread():
     before, seen = signal.getsignal(signal.SIGTERM), []
 
     def work():
-        with train._stop_signals() as stop:
+        with stop_signals() as stop:
             seen.append((stop(), signal.getsignal(signal.SIGTERM)))
 
     thread = threading.Thread(target=work)

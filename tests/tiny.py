@@ -53,6 +53,7 @@ def get_config(arg=None):
         optimizer=Optimizer(learning_rate=1e-2),
         checkpoints=Checkpoints(every=2),
         evaluation=Evaluation(problems=3, samples=2, every=4, verify_every=2),
+        preflight="off",  # random weights
     )
 '''
 

@@ -27,6 +27,7 @@ from gopd_jax.models import params as lm_params
 from gopd_jax.models import tokenizer as tokenizers
 from gopd_jax.models.decoder import Decoder
 from gopd_jax.objectives import objective
+from gopd_jax.optimizer import make_optimizer
 from gopd_jax.reader import Reader
 from gopd_jax.verifiers import verify
 
@@ -154,7 +155,7 @@ def problems(task_names, n_problems: int, seed: int, split: str) -> data.Dataset
 
 
 def recipe_of(stage: Stage, chat, mesh) -> step.Recipe:
-    optimizer, rate = step.make_optimizer(
+    optimizer, rate = make_optimizer(
         learning_rate=stage.learning_rate,
         schedule=stage.schedule,
         warmup_steps=stage.warmup_steps,

@@ -1,0 +1,320 @@
+"""Is this the right teacher? Checks on the real weights, in seconds, before the first step.
+
+The most common failure of distillation is silent: a run that trains against a teacher with random
+weights, another template, other ids, another end token. Every model judges a few completions that
+the student samples, a few texts of the data, and its own likeliest completions; what comes out is
+held against limits that no trained model of the right kind comes near.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Column, Table
+from rich.text import Text
+
+from gopd_jax import sharding, step
+from gopd_jax.probe import Probe, mean
+from gopd_jax.problems import teacher_of
+from gopd_jax.setup import Role, Run
+
+# Share of ln V, the entropy of a model that knows nothing: a trained one stays far below it.
+KNOWS_NOTHING = 0.8
+# Nats a token.
+OWN_TEXT = -2.0  # of a model's likeliest completion; a trained one is near -0.3
+NEAR, APART = 0.5, 2.0  # KL of the student to a teacher: usual up to the one, beyond the other not
+# Of the data's completions, which a teacher ought to find likelier than the student does: how many
+# times the student's nats, and how many more, it may take.
+TIMES, MORE = 2.0, 0.3
+FIRST_TOKEN = 3.0  # times the mean KL: where two templates do not meet, the first token shows it
+OTHER_END = 0.1  # share of a teacher's mass on an end token that the student does not stop at
+# Sampler and scorer take the same sums in another order. bfloat16 rounds each of them.
+SAME = {"float32": 1e-3, "bfloat16": 0.25}
+SAME_FORWARD = 1e-4
+
+COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """One line of the table. verdict: "ok", "warn" or "fail"; says: what to do about it."""
+
+    role: str
+    name: str
+    value: str
+    limit: str
+    verdict: str = "ok"
+    says: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Report:
+    """Every check, and one rendered example: (text, whether it is learnt from) of each token."""
+
+    checks: tuple[Check, ...]
+    example: tuple[tuple[str, bool], ...]
+
+    def failures(self) -> list[str]:
+        failed = (c for c in self.checks if c.verdict == "fail")
+        return [f"{c.role}: {c.name} is {c.value} ({c.limit}): {c.says}" for c in failed]
+
+
+def run(this: Run) -> Report:
+    """Probe every role of the run. All processes call it; each gets the whole report."""
+    probe = Probe(this)
+    checks: list[Check] = []
+    for name, role in this.roles.items():
+        checks += of_role(probe, name, role)
+    if not any(check.verdict == "fail" for check in checks):
+        checks += of_student(probe)
+        for name, role in this.roles.items():
+            if name != "student":
+                checks += against_student(probe, name, role)
+    return Report(checks=tuple(checks), example=probe.example())
+
+
+def of_role(probe: Probe, name: str, role: Role) -> list[Check]:
+    """Is it a trained model at all, of this tokenizer?"""
+    view = probe.view(role)
+    logp_BT, entropy_BT = probe.judge(role, probe.rollout, view)
+    entropy = mean(entropy_BT, probe.mask_BT)
+    weights = Check(role=name, name="weights", value=role.digest[:12], limit="sha256")
+    if not np.isfinite(logp_BT).all():
+        says = "its weights or activations are not finite; load the checkpoint again"
+        bad = {"value": "nan", "limit": "finite", "verdict": "fail", "says": says}
+        return [weights, Check(role=name, name="log-probs", **bad)]
+    text, what = probe.text(role)
+    limit = -probe.ln_v
+    if name != "student":
+        limit = max(limit, TIMES * probe.text(probe.student)[0] - MORE)
+    own = probe.own(role)
+    return [
+        weights,
+        _bound(
+            name,
+            "entropy, nats a token",
+            entropy,
+            fail_above=KNOWS_NOTHING * probe.ln_v,
+            says=f"ln V = {probe.ln_v:.2f} is a model that knows nothing: random or zeroed "
+            "weights; load the checkpoint again",
+        ),
+        _bound(
+            name,
+            f"log-prob of {what}",
+            text,
+            # Words of a prompt are nothing that every model was trained on.
+            fail_below=limit if what == "the data's completions" else None,
+            warn_below=limit,
+            says=f"the student's is {probe.text(probe.student)[0]:.4g} and a guess's "
+            f"{-probe.ln_v:.4g}: its ids, its config.json (rope, norms, heads), some of its layers "
+            "or its template are another model's",
+        ),
+        _bound(
+            name,
+            "log-prob of its likeliest completion",
+            own,
+            fail_below=OWN_TEXT,
+            says="it does not follow itself: wrong weights, config.json or template",
+        ),
+    ]
+
+
+def of_student(probe: Probe) -> list[Check]:
+    """Sampler and scorer agree; a student that is its own teacher has nothing to learn."""
+    dtype = probe.student.decoder.dtype
+    gap_BT = np.abs(sharding.gather(probe.rollout.logp_BT) - probe.logp_BT)
+    checks = [
+        _bound(
+            "student",
+            "sampler against scorer, nats",
+            float(gap_BT[probe.mask_BT].max()),
+            fail_above=SAME[dtype],
+            says="the log-probs of sampling and of training part: another temperature, mask or "
+            "position; report this with your config",
+        )
+    ]
+    if probe.recipe.objective.teacher:
+        own = dataclasses.replace(
+            probe.recipe,
+            teachers=(probe.student.decoder,),
+            routes=(0,) * len(probe.run.train.tasks),
+            reference=probe.student.decoder if probe.recipe.reference else None,
+        )
+        params = probe.student.params
+        frozen = step.Frozen(
+            teachers=(params,), reference=params if probe.recipe.reference else None
+        )
+        _, score, _ = step.staged(own)
+        scores = score(frozen, probe.rollout.replace(teacher=None, reference=None))
+        scores = jax.tree.map(jnp.asarray, sharding.gather(scores))
+        scores = scores.replace(student_BT=jnp.asarray(probe.logp_BT))
+        advantage_BT = own.objective.advantage(scores, jnp.asarray(probe.mask_BT))
+        checks.append(
+            _bound(
+                "student",
+                "|advantage| as its own teacher",
+                float(np.abs(np.asarray(advantage_BT)[probe.mask_BT]).max()),
+                fail_above=SAME_FORWARD if dtype == "float32" else SAME[dtype],
+                says="teacher and student see other rows or positions; report this",
+            )
+        )
+    return checks
+
+
+def against_student(probe: Probe, name: str, role: Role) -> list[Check]:
+    """Is it another model than the student, near enough to teach it, ending where it ends?"""
+    c, is_teacher = probe.run.config, name.startswith("teacher:")
+    mine_B = np.ones(len(probe.task_B), bool)
+    if is_teacher:
+        tasks = probe.run.train.tasks
+        own = np.array([f"teacher:{teacher_of(c, task)}" == name for task in tasks])
+        mine_B = own[probe.task_B]
+    mask_BT = probe.mask_BT & mine_B[:, None]
+    view = probe.view(role)
+    logp_BT, _ = probe.judge(role, probe.rollout, view)
+    gap_BT = probe.logp_BT - logp_BT
+    kl, first = mean(gap_BT, mask_BT), probe.rollout.n_prompt - 1
+    at_first = float(gap_BT[mine_B, first].mean())
+    checks = [
+        _bound(
+            name,
+            "KL(student || it), nats a token",
+            kl,
+            fail_above=APART,
+            warn_above=NEAR,
+            says="it finds the student's samples all but impossible: another template, "
+            "tokenizer, checkpoint or context",
+        ),
+        _bound(
+            name,
+            "KL at the first token",
+            at_first,
+            warn_above=max(NEAR, FIRST_TOKEN * kl),
+            says="the prompt does not end as this model expects; compare its template and its "
+            "template options with the student's",
+        ),
+    ]
+    if is_teacher:
+        checks += _identity(probe, name, role, gap_BT, mask_BT)
+    if set(role.tokenizer.eos_ids) - set(probe.recipe.eos_ids):
+        checks.append(_ends(probe, name, role, view, mine_B))
+    return checks
+
+
+def _identity(probe: Probe, name: str, role: Role, gap_BT, mask_BT) -> list[Check]:
+    """A teacher has to differ from the student, and from the reference, to say anything."""
+    goal, checks = probe.run.recipe.objective, []
+    alike = role.params is not None and float(np.abs(gap_BT[mask_BT]).max()) < SAME_FORWARD
+    if goal.teacher:
+        checks.append(
+            Check(
+                role=name,
+                name="other than the student",
+                value="no" if alike else "yes",
+                limit="yes",
+                verdict="fail" if alike else "ok",
+                says="its log-probs are the student's, so there is nothing to learn; give the "
+                "trained teacher's directory, not its base"
+                if alike
+                else "",
+            )
+        )
+    if goal.reference and probe.run.roles["reference"].digest == role.digest:
+        checks.append(
+            Check(
+                role=name,
+                name="other than the reference",
+                value="no",
+                limit="yes",
+                verdict="fail",
+                says="log T - log R is 0 and lambda has no effect; give the model that the "
+                "teacher was trained from, or the student's start, as the reference",
+            )
+        )
+    return checks
+
+
+def _ends(probe: Probe, name: str, role: Role, view, mine_B) -> Check:
+    """The teacher's mass on ends of its own that stop no completion, where it would have ended.
+
+    What lies there is lost to the student's end token, so that it learns to run on.
+    """
+    mass_B, others = probe.mass_on_other_ends(role, view)
+    ours = (probe.student.tokenizer.contents[i] for i in probe.recipe.eos_ids)
+    return _bound(
+        name,
+        f"mass on {', '.join(map(repr, others))}",
+        float(mass_B[mine_B].mean()),
+        fail_above=OTHER_END,
+        says="it ends completions with a token that does not end the student's, and lengths would "
+        f"run away; set --config.sampling.stop='{(*ours, *others)}'",
+    )
+
+
+def _bound(
+    role: str,
+    name: str,
+    value: float,
+    *,
+    says: str,
+    fail_above: float | None = None,
+    fail_below: float | None = None,
+    warn_above: float | None = None,
+    warn_below: float | None = None,
+) -> Check:
+    """A check of a number; says is kept where it does not pass. NaN fails."""
+    above = fail_above if fail_above is not None else warn_above
+    below = fail_below if fail_below is not None else warn_below
+    failed = math.isnan(value)
+    failed |= fail_above is not None and value > fail_above
+    failed |= fail_below is not None and value < fail_below
+    warned = warn_above is not None and value > warn_above
+    warned |= warn_below is not None and value < warn_below
+    verdict = "fail" if failed else "warn" if warned else "ok"
+    limit = f"at most {above:.4g}" if above is not None else f"at least {below:.4g}"
+    return Check(
+        role=role,
+        name=name,
+        value=f"{value:.4g}",
+        limit=limit,
+        verdict=verdict,
+        says=says if verdict != "ok" else "",
+    )
+
+
+def show(report: Report, console: Console | None = None) -> None:
+    """The table and the example on stderr: prompt dim, what the student learns from in green."""
+    console = console or Console(stderr=True)
+    roles = list(dict.fromkeys(check.role for check in report.checks))
+    table = Table(Column("preflight", no_wrap=True), *roles, "limit")
+    by_name: dict[str, dict[str, Check]] = {}
+    for check in report.checks:
+        by_name.setdefault(check.name, {})[check.role] = check
+    for name, checks in by_name.items():
+        cells = [checks.get(role) for role in roles]
+        shown = [Text(c.value, style=COLOURS[c.verdict]) if c else Text("") for c in cells]
+        table.add_row(name, *shown, next(iter(checks.values())).limit)
+    console.print(table)
+    for check in report.checks:
+        if check.verdict != "ok":
+            told = f"{check.verdict}: {check.role}: {check.name} is {check.value}: {check.says}"
+            console.print(Text(told, style=COLOURS[check.verdict]))
+    shown = Text("a row of the batch; green is learnt from: ", style="bold")
+    for text, learnt in report.example:
+        shown.append(text.replace("\n", "⏎"), style="green" if learnt else "dim")
+    console.print(shown)
+
+
+def write(report: Report, workdir: str | Path) -> None:
+    """workdir/preflight.json."""
+    Path(workdir).mkdir(parents=True, exist_ok=True)
+    part = Path(workdir) / "preflight.json.part"
+    part.write_text(json.dumps(dataclasses.asdict(report), indent=1) + "\n")
+    part.replace(Path(workdir) / "preflight.json")

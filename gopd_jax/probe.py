@@ -1,0 +1,159 @@
+"""Questions to the models of a run: a few rows sampled, judged, and written greedily.
+
+preflight.py holds the answers against limits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+
+from gopd_jax import data, sampler, scoring, sharding, step
+from gopd_jax.reader import padded
+from gopd_jax.setup import Role, Run
+from gopd_jax.types import Rollout, View
+
+ROWS = 8  # of each task
+LENGTH = 64  # tokens of a probe's completion at most
+
+
+def mean(values_BT, mask_BT) -> float:
+    """Of the values where the mask is; NaN where it is nowhere."""
+    return float(np.asarray(values_BT)[mask_BT].mean()) if mask_BT.any() else math.nan
+
+
+class Probe:
+    """The probe's rows under the student, and how another model is asked about them."""
+
+    def __init__(self, this: Run):
+        c = this.config
+        self.run, self.student = this, this.student
+        shards = sharding.n_row_shards(this.mesh)
+        per_task = -(-ROWS // shards) * shards
+        n_tasks = len(this.train.tasks)
+        self.recipe = dataclasses.replace(
+            this.recipe,
+            group_rows=(per_task,) * n_tasks,
+            completion_length=min(LENGTH, c.sampling.completion_length),
+            microbatches=1,
+        )
+        process, n_processes = sharding.process_share(this.mesh, per_task * n_tasks)
+        self.prompts = data.prompts(
+            this.train,
+            self.student.reader,
+            0,
+            seed=c.seed,
+            n_prompts=per_task * n_tasks,
+            rollouts=1,
+            process=process,
+            n_processes=n_processes,
+        )
+        self.task_B = np.repeat(np.arange(n_tasks), per_task)
+        self.key = jax.random.key(c.seed)
+        self.jits: dict = {}
+        self.texts: dict = {}
+        self.ln_v = math.log(self.recipe.n_vocab)
+        sample = self.compiled(step.sampling, self.student.decoder)
+        self.rollout = sample(self.params(self.student), self.put(self.prompts), self.key)
+        self.mask_BT = sharding.gather(self.rollout.mask_BT)
+        self.logp_BT, _ = self.judge(self.student, self.rollout)
+
+    def compiled(self, make, decoder, **options):
+        """One compiled function for all roles of one architecture."""
+        key = make, decoder, tuple(options.items())
+        if key not in self.jits:
+            self.jits[key] = make(self.recipe, decoder, **options)
+        return self.jits[key]
+
+    def params(self, role: Role):
+        """Of a teacher that follows the student: the student's."""
+        return self.student.params if role.params is None else role.params
+
+    def put(self, rows):
+        """This process's rows as global arrays."""
+        if hasattr(rows, "records"):
+            rows = rows.replace(records=())
+        return sharding.to_global(self.run.mesh, rows)
+
+    def view(self, role: Role) -> View | None:
+        """The rows as the role reads them; None where that is as the student does."""
+        if role.reader.reads_as(self.student.reader):
+            return None
+        return self.put(View(*role.reader.prompts(self.prompts.records)))
+
+    def judge(self, role: Role, rollout: Rollout, view: View | None = None):
+        """(logp_BT, entropy_BT) of the role, all rows, on the host."""
+        judged = self.compiled(step.judging, role.decoder)(self.params(role), rollout, view)
+        return sharding.gather(judged)
+
+    def text(self, role: Role) -> tuple[float, str]:
+        """(mean log-prob of the data's completions, or of its prompts' words, what it is)."""
+        if id(role) not in self.texts:
+            self.texts[id(role)] = self._text(role)
+        return self.texts[id(role)]
+
+    def _text(self, role: Role) -> tuple[float, str]:
+        records = self.prompts.records
+        chat, length = role.tokenizer, self.recipe.completion_length
+        every = (record for of_task in self.run.train.records.values() for record in of_task)
+        if all(record.completion is not None for record in every):  # on each process alike
+            what = "the data's completions"
+            ids = [chat.encode(record.completion) for record in records]
+            prompts = data.of_records(records, role.reader)
+        else:
+            what = "the prompts' words"
+            words = [chat.encode(record.messages[-1]["content"]) for record in records]
+            ids = [row[1:] for row in words]
+            first = padded([row[:1] for row in words], 1, chat.pad_id, left=True)
+            prompts = data.of_records(records, role.reader)
+            prompts = prompts.replace(tokens_BP=first[0], valid_BP=first[1])
+        tokens_BC, mask_BC = padded([row[:length] for row in ids], length, chat.pad_id, left=False)
+        rows = sampler.assemble(
+            self.put(prompts),
+            *self.put((tokens_BC, mask_BC, np.zeros(mask_BC.shape, np.float32))),
+            self.put(np.ones(len(ids), bool)),
+        )
+        logp_BT, _ = self.judge(role, rows)
+        return mean(logp_BT, sharding.gather(rows.mask_BT)), what
+
+    def own(self, role: Role) -> float:
+        """Mean log-prob, under the model, of its own greedy completions."""
+        prompts = data.of_records(self.prompts.records, role.reader)
+        sample = self.compiled(step.sampling, role.decoder, greedy=True)
+        rollout = sample(self.params(role), self.put(prompts), self.key)
+        rollout = sharding.gather(rollout)
+        return mean(rollout.logp_BT, rollout.mask_BT)
+
+    def mass_on_other_ends(self, role: Role, view: View | None) -> tuple[np.ndarray, list[str]]:
+        """(mass_B on the role's ends that stop no completion, these ends).
+
+        The mass is the largest of a row's positions: there the role would have ended.
+        """
+        others = tuple(sorted(set(role.tokenizer.eos_ids) - set(self.recipe.eos_ids)))
+        options = {
+            "temperature": self.recipe.temperature,
+            "n_vocab": role.tokenizer.vocab_size,
+            "chunk": self.recipe.head_chunk,
+        }
+
+        def largest(params, rollout, view):
+            mass_BT = scoring.mass(role.decoder, params, rollout, others, view=view, **options)
+            return mass_BT.max(1)
+
+        with sharding.use(self.run.mesh):
+            mass_B = jax.jit(largest)(self.params(role), self.rollout, view)
+        return sharding.gather(mass_B), [role.tokenizer.contents[i] for i in others]
+
+    def example(self) -> tuple[tuple[str, bool], ...]:
+        """The first row's tokens as text, with whether each is learnt from."""
+        rows = sharding.gather(self.rollout)
+        chat, valid_L = self.student.tokenizer, rows.valid_BL[0]
+        learnt_L = np.concatenate([[False], rows.mask_BT[0]])
+        decode = chat.backend.decode
+        return tuple(
+            (decode([int(i)], skip_special_tokens=False), bool(learnt))
+            for i, learnt in zip(rows.tokens_BL[0][valid_L], learnt_L[valid_L])
+        )

@@ -1,0 +1,119 @@
+"""Preflight: the real run passes, and each wrong set-up is refused for its reason."""
+
+import json
+import math
+import re
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+from benchmarks import wrong_setups
+from gopd_jax import preflight, scoring, train
+from gopd_jax.models import decoder as lm
+
+QUICK = ("teacher with random", "the teacher's base", "fingerprints", "temperatures", "end with")
+
+
+def cases():
+    quick = {case.name: any(words in case.name for words in QUICK) for case in wrong_setups.CASES}
+    return [
+        pytest.param(case, id=case.name, marks=() if quick[case.name] else pytest.mark.slow)
+        for case in wrong_setups.CASES
+    ]
+
+
+@pytest.mark.parametrize("case", cases())
+def test_a_wrong_setup_is_refused_for_its_reason(case, tmp_path):
+    said = wrong_setups.refusal(case, tmp_path)
+    assert said is not None, "it starts"
+    assert re.search(case.says, said, re.DOTALL), said
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.fixture(scope="module")
+def right(tmp_path_factory):
+    """The microworld's own set-up: its Config, and what preflight finds."""
+    root = tmp_path_factory.mktemp("right")
+    c = wrong_setups.build(root)
+    begun = train.begin(c)
+    return c, begun, preflight.run(begun.this)
+
+
+def test_the_right_setup_passes(right):
+    _, begun, report = right
+    assert [check for check in report.checks if check.verdict != "ok"] == []
+    by_role = {}
+    for check in report.checks:
+        by_role.setdefault(check.role, {})[check.name] = check.value
+    assert by_role.keys() == {"student", "reference", "teacher:math", "teacher:code"}
+    for role in begun.this.roles:
+        assert by_role[role]["weights"] == begun.this.roles[role].digest[:12]
+    assert float(by_role["reference"]["KL(student || it), nats a token"]) == 0
+    assert 0 < float(by_role["teacher:math"]["KL(student || it), nats a token"]) < 0.5
+    assert float(by_role["student"]["|advantage| as its own teacher"]) == 0
+
+
+def test_the_example_is_one_row_and_what_is_learnt_is_its_completion(right):
+    _, begun, report = right
+    text = "".join(token for token, _ in report.example)
+    prompt, completion = text.split("assistant\n")
+    learnt = "".join(token for token, is_learnt in report.example if is_learnt)
+    assert learnt == completion
+    assert learnt.endswith("<|im_end|>")
+    assert begun.this.train.records["math"][0].messages[0]["content"][:3]
+
+
+def test_it_is_shown_and_kept(right, tmp_path):
+    c, _, report = right
+    console = Console(record=True, width=150, force_terminal=True)
+    preflight.show(report, console)
+    printed = console.export_text(styles=True)
+    assert "KL(student || it)" in printed
+    assert "\x1b[32m" in printed  # green
+    preflight.write(report, tmp_path)
+    kept = json.loads((tmp_path / "preflight.json").read_text())
+    assert len(kept["checks"]) == len(report.checks)
+    assert kept["checks"][0] == {
+        "role": "student",
+        "name": "weights",
+        "value": report.checks[0].value,
+        "limit": "sha256",
+        "verdict": "ok",
+        "says": "",
+    }
+
+
+def test_a_run_that_may_not_be_refused_goes_on_with_what_was_found(tmp_path, capsys):
+    c = wrong_setups.build(tmp_path)
+    c.teachers["math"].path = c.student.path
+    c.preflight = "warn"
+    begun = train.begin(c)
+    assert train.check(begun) is begun
+    assert "fail: teacher:math: other than the student is no" in capsys.readouterr().err
+    kept = json.loads((tmp_path / "run" / "preflight.json").read_text())
+    assert "fail" in {check["verdict"] for check in kept["checks"]}
+
+
+def test_a_number_that_is_none_fails():
+    check = preflight._bound("r", "n", math.nan, fail_above=1.0, says="no")
+    assert check.verdict == "fail"
+    assert preflight._bound("r", "n", 0.9, fail_above=1.0, says="no").says == ""
+    assert (
+        preflight._bound("r", "n", 0.9, warn_above=0.5, fail_above=1.0, says="x").verdict == "warn"
+    )
+    assert preflight._bound("r", "n", -1.1, fail_below=-1.0, says="x").verdict == "fail"
+
+
+def test_mass_is_the_sum_of_the_probabilities_of_the_ids(setting, first_step):
+    recipe, _, frozen, _ = setting()
+    rollout, decoder, params = first_step[0], recipe.reference, frozen.reference
+    options = {"temperature": 0.8, "n_vocab": recipe.n_vocab}
+    got_BT = jax.jit(lambda r: scoring.mass(decoder, params, r, (3, 7), chunk=4, **options))(
+        rollout
+    )
+    hidden_BLD = lm.hidden(decoder, params, rollout.tokens_BL, rollout.valid_BL)
+    logits_BTV = lm.logits(decoder, params, hidden_BLD)[:, :-1, : recipe.n_vocab]
+    want_BT = jax.nn.softmax(logits_BTV / 0.8)[..., np.array([3, 7])].sum(-1)
+    np.testing.assert_allclose(got_BT, np.where(rollout.mask_BT, want_BT, 0), atol=1e-6, rtol=1e-5)
