@@ -24,6 +24,7 @@ _SHARED = (
     ("heads", "tensor"),
     ("kv_heads", "tensor"),
     ("mlp", "tensor"),
+    ("experts", "tensor"),
     ("vocab", "tensor"),
 )
 TRAIN = (*_SHARED, ("embed", "fsdp"))

@@ -7,41 +7,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from families import GEMMA3, LLAMA, MODELS, MOE, QWEN3
 
 from gopd_jax import sharding
 from gopd_jax.models import decoder as lm
 from gopd_jax.models import params as lm_params
-from gopd_jax.models.params import Llama3Rope, ModelConfig
+from gopd_jax.models import rope
 
-QWEN3 = ModelConfig(
-    architecture="qwen3",
-    vocab_size=97,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=12,
-    rms_norm_eps=1e-6,
-    rope_theta=1e4,
-    tie_word_embeddings=True,
-)
-LLAMA = ModelConfig(
-    architecture="llama",
-    vocab_size=97,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    rms_norm_eps=1e-5,
-    rope_theta=500.0,
-    rope_scaling=Llama3Rope(
-        factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16
-    ),
-)
-MODELS = pytest.mark.parametrize("cfg", [QWEN3, LLAMA], ids=["qwen3", "llama"])
+# Every piece of the mathematics is in one of them.
+EACH = {"qwen3": QWEN3, "llama": LLAMA, "qwen3_moe": MOE, "gemma3_text": GEMMA3}
+EACH["qwen2"] = dataclasses.replace(MODELS["qwen2, yarn"], tie_word_embeddings=True)
+EACH["mistral"] = MODELS["mistral, sliding"]
+MODELS = pytest.mark.parametrize("cfg", EACH.values(), ids=EACH.keys())
 LEFT = np.array([0, 2, 5, 3])  # padding of each row
 N_PROMPT, LENGTH = 7, 12
 
@@ -239,5 +216,5 @@ def test_decoders_of_one_description_are_one_static_argument():
 def test_every_constant_of_llama3_rope_matters(name, value):
     changed = dataclasses.replace(LLAMA.rope_scaling, **{name: value})
     assert not np.allclose(
-        lm.frequencies(8, 500.0, LLAMA.rope_scaling), lm.frequencies(8, 500.0, changed)
+        rope.frequencies(8, 500.0, LLAMA.rope_scaling), rope.frequencies(8, 500.0, changed)
     )

@@ -4,99 +4,29 @@ import dataclasses
 import json
 import shutil
 
+import families
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from families import (
+    LLAMA,
+    MODELS,
+    QWEN3,
+    batch,
+    our_logits,
+    random_params,
+    torch_load,
+    torch_logits,
+)
 from safetensors.numpy import load_file, save_file
 
 from gopd_jax import sharding
-from gopd_jax.models import decoder as lm
 from gopd_jax.models import hf
 from gopd_jax.models import params as lm_params
-from gopd_jax.models.params import Llama3Rope, ModelConfig
 
-QWEN3 = ModelConfig(
-    architecture="qwen3",
-    vocab_size=97,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=12,
-    rms_norm_eps=1e-6,
-    rope_theta=1e4,
-    tie_word_embeddings=True,
-    max_position_embeddings=64,
-    bos_token_id=1,
-    eos_token_id=(2, 3),
-    pad_token_id=0,
-)
-LLAMA = dataclasses.replace(
-    QWEN3,
-    architecture="llama",
-    head_dim=8,
-    rms_norm_eps=1e-5,
-    rope_theta=500.0,
-    rope_scaling=Llama3Rope(
-        factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16
-    ),
-    tie_word_embeddings=False,
-    eos_token_id=2,
-)
-MODELS = {
-    "qwen3": QWEN3,
-    "qwen3_untied": dataclasses.replace(QWEN3, tie_word_embeddings=False),
-    "llama": LLAMA,
-    "llama_tied_plain_rope": dataclasses.replace(
-        LLAMA, tie_word_embeddings=True, rope_scaling=None
-    ),
-}
 EACH = pytest.mark.parametrize("cfg", MODELS.values(), ids=MODELS.keys())
-LEFT, N_PROMPT, LENGTH = np.array([0, 2, 5]), 8, 20
-
-
-def random_params(cfg, seed=0):
-    """Large weights, so that every part of the model shows in its logits."""
-    draw = np.random.default_rng(seed).normal
-    return lm_params.tree(
-        cfg,
-        lambda row: draw(row.name.endswith("norm"), 0.2, row.shape(cfg)).astype(np.float32),
-    )
-
-
-def batch():
-    tokens_BL = np.random.default_rng(1).integers(4, 97, (len(LEFT), LENGTH), np.int32)
-    return tokens_BL, np.arange(LENGTH) >= LEFT[:, None]
-
-
-def our_logits(cfg, params):
-    tokens_BL, valid_BL = batch()
-    decoder = lm.Decoder(cfg)
-    hidden_BLD = jax.jit(lm.hidden, static_argnums=0)(decoder, params, tokens_BL, valid_BL)
-    return np.asarray(lm.logits(decoder, params, hidden_BLD))
-
-
-def torch_logits(model):
-    import torch
-
-    tokens_BL, valid_BL = (torch.tensor(x) for x in batch())
-    position_BL = (valid_BL.cumsum(1) - 1).clamp(min=0)
-    with torch.no_grad():
-        out = model(tokens_BL.long(), attention_mask=valid_BL.long(), position_ids=position_BL)
-    return out.logits.numpy()
-
-
-def torch_load(path):
-    from transformers import AutoModelForCausalLM
-
-    model, info = AutoModelForCausalLM.from_pretrained(
-        path, dtype="float32", attn_implementation="eager", output_loading_info=True
-    )
-    assert not any(info.values()), info
-    return model.eval()
 
 
 @pytest.fixture
@@ -121,56 +51,23 @@ def test_what_we_save_transformers_loads_with_equal_logits(cfg, tmp_path):
 @pytest.mark.torch
 @EACH
 def test_what_transformers_saves_we_load_with_equal_logits(cfg, tmp_path):
-    import torch
-    import transformers
-
-    torch.manual_seed(0)
-    name = lm_params.ARCHITECTURES[cfg.architecture][0]
-    config_class = transformers.CONFIG_MAPPING[cfg.architecture]
-    rope = {"rope_type": "default"}
-    if cfg.rope_scaling is not None:
-        rope = {"rope_type": "llama3", **dataclasses.asdict(cfg.rope_scaling)}
-    not_theirs = ("architecture", "rope_theta", "rope_scaling")
-    names = {field.name for field in dataclasses.fields(cfg)}.difference(not_theirs)
-    fields = {key: value for key, value in lm_params.to_hf(cfg).items() if key in names}
-    config = config_class(**fields, rope_parameters=rope | {"rope_theta": cfg.rope_theta})
-    model = getattr(transformers, name)(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.2 * torch.randn_like(parameter)
+    model = families.torch_random(cfg)
     model.save_pretrained(tmp_path / "model", max_shard_size="20KB")
     assert (tmp_path / "model" / hf.INDEX).is_file()
-
     loaded = hf.load_config(tmp_path / "model")
     assert loaded == cfg
     got_BLV = our_logits(loaded, hf.load_params(tmp_path / "model", loaded))
-    valid_BL = batch()[1]
-    np.testing.assert_allclose(got_BLV[valid_BL], torch_logits(model)[valid_BL], atol=1e-4)
+    want_BLV, valid_BL = torch_logits(model), batch()[1]
+    np.testing.assert_allclose(got_BLV[valid_BL], want_BLV[valid_BL], atol=1e-4)
 
 
 @pytest.mark.torch
 @EACH
 def test_greedy_decoding_equals_transformers_token_for_token(cfg, tmp_path):
-    import torch
-
-    cfg = dataclasses.replace(cfg, eos_token_id=None)
     params = random_params(cfg, seed=3)
-    hf.save(tmp_path / "model", cfg, params)
-    tokens_BP, valid_BP = (x[:, :N_PROMPT] for x in batch())
-    want_BL = torch_load(tmp_path / "model").generate(
-        torch.tensor(tokens_BP).long(),
-        attention_mask=torch.tensor(valid_BP).long(),
-        do_sample=False,
-        max_new_tokens=LENGTH - N_PROMPT,
-    )
-
-    decoder, decode = lm.Decoder(cfg), jax.jit(lm.decode, static_argnums=0)
-    hidden_BD, cache = lm.prefill(decoder, params, tokens_BP, valid_BP, length=LENGTH)
-    got = []
-    for _ in range(LENGTH - N_PROMPT):
-        got.append(jnp.argmax(lm.logits(decoder, params, hidden_BD), -1).astype(jnp.int32))
-        hidden_BD, cache = decode(decoder, params, got[-1], cache)
-    np.testing.assert_array_equal(np.stack(got, 1), want_BL[:, N_PROMPT:].numpy())
+    hf.save(tmp_path / "model", dataclasses.replace(cfg, eos_token_id=None), params)
+    want_BC = families.torch_greedy(torch_load(tmp_path / "model"))
+    np.testing.assert_array_equal(families.our_greedy(cfg, params), want_BC)
 
 
 @EACH
@@ -306,7 +203,7 @@ def test_save_refuses_another_directory_another_dtype_and_another_models_params(
         hf.save(other, cfg, params)
     with pytest.raises(ValueError, match=r"dtype is 'float16'; it is one of"):
         hf.save(path, cfg, params, dtype="float16")
-    untied = MODELS["qwen3_untied"]
+    untied = MODELS["qwen3, untied"]
     with pytest.raises(ValueError, match=r"params have no 'head'"):
         hf.save(path, untied, params)
     with pytest.raises(ValueError, match=r"params have \['head'\], which qwen3 has not"):
@@ -319,7 +216,8 @@ def test_save_refuses_another_directory_another_dtype_and_another_models_params(
 def test_both_spellings_of_rope_say_the_same(cfg):
     new = lm_params.to_hf(cfg)
     old = {key: value for key, value in new.items() if key != "rope_parameters"}
-    del new["rope_theta"], new["rope_scaling"]
+    for name in ("rope_theta", "rope_scaling", "rope_local_base_freq"):
+        new.pop(name, None)
     assert lm_params.from_hf(old) == lm_params.from_hf(new) == cfg
 
 

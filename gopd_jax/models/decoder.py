@@ -1,4 +1,4 @@
-"""Qwen3 and Llama decoders: hidden states of whole rows, and cached decoding.
+"""Decoders of every family in architectures: hidden states of whole rows, and cached decoding.
 
 Every row is left-padded, right-padded or both; `valid` marks its real tokens, which alone are
 attended to and count in positions. Parameters stay as they are given (float32 masters) and are cast
@@ -7,19 +7,23 @@ to the decoder's dtype where they are used; norms, softmax and logits are float3
 
 from __future__ import annotations
 
-import math
+import functools
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 
-from gopd_jax.models.params import Llama3Rope, ModelConfig, Param, table
+from gopd_jax.models import moe
+from gopd_jax.models.ops import attend, constrain, einsum, project, rms_norm
+from gopd_jax.models.params import ModelConfig, Param, table
+from gopd_jax.models.rope import rope_of, rotate
 from gopd_jax.types import Array
 
-# Finite, so that a query without any valid key (padding) averages instead of becoming NaN.
-MASKED = -1e30
+ACTIVATIONS = {
+    "silu": nn.silu,
+    "gelu_pytorch_tanh": functools.partial(nn.gelu, approximate=True),
+}
 
 
 @struct.dataclass
@@ -37,44 +41,74 @@ class Cache:
     index: Array
 
 
+@struct.dataclass
+class View:
+    """What the queries of a kind of layer see.
+
+    rope (cos_BLE, sin_BLE) of half a head's width; mask_BxL True where query x sees key L;
+    past_mask_BS where all see key S of the past, or None.
+    """
+
+    rope: tuple[Array, Array]
+    mask_BxL: Array
+    past_mask_BS: Array | None
+
+
 class Block(nn.Module):
-    """One layer: grouped-query attention and gated MLP, each behind an RMSNorm, each residual."""
+    """One layer: grouped-query attention and an MLP, each behind an RMSNorm, each residual."""
 
     cfg: ModelConfig
     dtype: str
 
     @nn.compact
-    def __call__(self, x_BLD, past, rope, mask_BxL, past_mask_BS):
+    def __call__(self, x_BLD, past, slides, views):
         """(x_BLD, (k_BKLE, v_BKLE)): the layer's output, and its keys and values to be cached.
 
-        past is (k_BKSE, v_BKSE) of earlier tokens, or None; rope (cos_BLE, sin_BLE) of half a
-        head's width; mask_BxL True where query x sees key L; past_mask_BS where all see key S.
+        past is (k_BKSE, v_BKSE) of earlier tokens, or None. views is one View; or a full and a
+        sliding layer's, of which the bool `slides` chooses this one's.
         """
-        cfg, dtype = self.cfg, jnp.dtype(self.dtype)
+        cfg, traits, dtype = self.cfg, self.cfg.traits, jnp.dtype(self.dtype)
         weight = {row.name: self._weight(row) for row in table(cfg) if row.stacked}
+        view = views[0]
+        if slides is not None:
+            view = jax.tree.map(lambda full, near: jnp.where(slides, near, full), *views)
 
         def dot(x, name, contract=1):
             return project(x, weight[name].astype(dtype), contract)
 
-        h_BLD = rms_norm(x_BLD, weight["attention_norm"], cfg.rms_norm_eps)
-        q_BLHE = constrain(dot(h_BLD, "q"), "batch", "length", "heads", None)
-        k_BLKE = constrain(dot(h_BLD, "k"), "batch", "length", "kv_heads", None)
-        v_BLKE = constrain(dot(h_BLD, "v"), "batch", "length", "kv_heads", None)
-        if cfg.qk_norm:
-            q_BLHE = rms_norm(q_BLHE, weight["q_norm"], cfg.rms_norm_eps)
-            k_BLKE = rms_norm(k_BLKE, weight["k_norm"], cfg.rms_norm_eps)
-        q_BLHE = rotate(q_BLHE, rope, scale=cfg.head_dim**-0.5)
-        k_BLKE = rotate(k_BLKE, rope)
+        def norm(x, name):
+            return rms_norm(x, weight[name], cfg.rms_norm_eps, traits.norm_offset)
+
+        def heads(x_BLD, name, axis):
+            y_BLHE = dot(x_BLD, name)
+            if traits.qkv_bias:
+                y_BLHE = y_BLHE + weight[f"{name}_bias"].astype(dtype)
+            return constrain(y_BLHE, "batch", "length", axis, None)
+
+        h_BLD = norm(x_BLD, "attention_norm")
+        q_BLHE = heads(h_BLD, "q", "heads")
+        k_BLKE, v_BLKE = heads(h_BLD, "k", "kv_heads"), heads(h_BLD, "v", "kv_heads")
+        if traits.qk_norm:
+            q_BLHE, k_BLKE = norm(q_BLHE, "q_norm"), norm(k_BLKE, "k_norm")
+        q_BLHE = rotate(
+            q_BLHE, view.rope, scale=(cfg.query_pre_attn_scalar or cfg.head_dim) ** -0.5
+        )
+        k_BLKE = rotate(k_BLKE, view.rope)
         # Heads before positions: every product below is then a batched matrix product as it lies,
         # and a cache in this order is read without a transposed copy for each token.
         k_BKLE, v_BKLE = k_BLKE.swapaxes(1, 2), v_BLKE.swapaxes(1, 2)
-        out_BLHE = attend(q_BLHE, k_BKLE, v_BKLE, mask_BxL, past, past_mask_BS)
-        x_BLD = x_BLD + dot(out_BLHE, "o", contract=2)
+        out_BLHE = attend(q_BLHE, k_BKLE, v_BKLE, view.mask_BxL, past, view.past_mask_BS)
+        out_BLD = dot(out_BLHE, "o", contract=2)
+        x_BLD = x_BLD + (norm(out_BLD, "attention_post_norm") if traits.post_norms else out_BLD)
 
-        h_BLD = rms_norm(x_BLD, weight["mlp_norm"], cfg.rms_norm_eps)
-        gate_BLF = constrain(dot(h_BLD, "gate"), "batch", "length", "mlp")
-        up_BLF = constrain(dot(h_BLD, "up"), "batch", "length", "mlp")
-        x_BLD = x_BLD + dot(nn.silu(gate_BLF) * up_BLF, "down")
+        h_BLD = norm(x_BLD, "mlp_norm")
+        if traits.routed:
+            out_BLD = moe.routed_mlp(h_BLD, weight, cfg)
+        else:
+            gate_BLF = constrain(dot(h_BLD, "gate"), "batch", "length", "mlp")
+            up_BLF = constrain(dot(h_BLD, "up"), "batch", "length", "mlp")
+            out_BLD = dot(ACTIVATIONS[traits.activation](gate_BLF) * up_BLF, "down")
+        x_BLD = x_BLD + (norm(out_BLD, "mlp_post_norm") if traits.post_norms else out_BLD)
         return constrain(x_BLD, "batch", "length", "embed"), (k_BKLE, v_BKLE)
 
     def _weight(self, row: Param):
@@ -94,7 +128,11 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(self, tokens_BL, positions_BL, past, mask_BxL, past_mask_BS):
-        """(x_BLD before the final norm, (k_NBKLE, v_NBKLE) of these tokens)."""
+        """(x_BLD before the final norm, (k_NBKLE, v_NBKLE) of these tokens).
+
+        past is (k_NBKSE, v_NBKSE) or None; mask_BxL True where query x may see key L; past_mask_BS
+        where all may see key S. Sliding windows narrow both.
+        """
         cfg = self.cfg
         weight = {
             row.path: self.param(
@@ -106,16 +144,39 @@ class Decoder(nn.Module):
         # Whole rows of the table at every device: a lookup along a sharded width is rematerialised.
         embed_VD = constrain(weight["embed"].astype(self.dtype), "vocab", None)
         x_BLD = constrain(jnp.take(embed_VD, tokens_BL, axis=0), "batch", "length", "embed")
+        if cfg.traits.scaled_embedding:
+            # The root itself is rounded to the dtype: Gemma was trained so.
+            x_BLD = x_BLD * jnp.asarray(cfg.hidden_size**0.5, self.dtype)
         block = nn.remat(Block, prevent_cse=False) if self.remat else Block
         layers = nn.scan(
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(0, 0, nn.broadcast),
             length=cfg.num_hidden_layers,
         )(cfg, self.dtype, name="layers")
-        rope = rope_of(positions_BL, cfg)
-        return layers(x_BLD, past, rope, mask_BxL, past_mask_BS)
+        slides_N, views = _views(cfg, positions_BL, mask_BxL, past_mask_BS)
+        return layers(x_BLD, past, slides_N, views)
+
+
+def _views(cfg: ModelConfig, positions_BL, mask_BxL, past_mask_BS):
+    """(None, (view of all layers,)), or (slides_N, (a full layer's view, a sliding one's))."""
+    rope = rope_of(positions_BL, cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
+    full = View(rope, mask_BxL, past_mask_BS)
+    if cfg.sliding_window is None:
+        return None, (full,)
+    if cfg.rope_local_base_freq is not None:
+        rope = rope_of(positions_BL, cfg.head_dim, cfg.rope_local_base_freq, None)
+    # Positions, not slots of the cache: padding does not count.
+    near_BxL = positions_BL[:, :, None] - positions_BL[:, None, :] < cfg.sliding_window
+    near_BS = past_mask_BS
+    if past_mask_BS is not None:
+        position_BS = jnp.cumsum(past_mask_BS, axis=1, dtype=jnp.int32) - 1
+        near_BS = past_mask_BS & (positions_BL - position_BS < cfg.sliding_window)
+    sliding = View(rope, mask_BxL & near_BxL, near_BS)
+    if all(cfg.slides):
+        return None, (sliding,)
+    return jnp.array(cfg.slides), (full, sliding)
 
 
 def hidden(decoder: Decoder, params, tokens_BL, valid_BL):
@@ -125,7 +186,7 @@ def hidden(decoder: Decoder, params, tokens_BL, valid_BL):
     changes nothing elsewhere.
     """
     x_BLD, _, _ = _whole_rows(decoder, params, tokens_BL, valid_BL)
-    return rms_norm(x_BLD, params["final_norm"], decoder.cfg.rms_norm_eps)
+    return _final_norm(decoder, params, x_BLD)
 
 
 def prefill(decoder: Decoder, params, tokens_BP, valid_BP, *, length: int):
@@ -146,7 +207,7 @@ def prefill(decoder: Decoder, params, tokens_BP, valid_BP, *, length: int):
         position_B=positions_BP[:, -1] + 1,
         index=jnp.int32(n_prompt),
     )
-    return rms_norm(x_BPD[:, -1], params["final_norm"], decoder.cfg.rms_norm_eps), cache
+    return _final_norm(decoder, params, x_BPD[:, -1]), cache
 
 
 def decode(decoder: Decoder, params, token_B, cache: Cache):
@@ -176,7 +237,7 @@ def decode(decoder: Decoder, params, token_B, cache: Cache):
         position_B=cache.position_B + 1,
         index=cache.index + 1,
     )
-    return rms_norm(x_B1D[:, 0], params["final_norm"], decoder.cfg.rms_norm_eps), cache
+    return _final_norm(decoder, params, x_B1D[:, 0]), cache
 
 
 def logits(decoder: Decoder, params, hidden_xD):
@@ -199,96 +260,6 @@ def _whole_rows(decoder, params, tokens_BL, valid_BL):
     return x_BLD, positions_BL, kv
 
 
-def attend(q_BLHE, k_BKLE, v_BKLE, mask_BxL, past, past_mask_BS):
-    """Grouped-query attention of scaled queries to these keys and to the past ones, out_BLHE.
-
-    Query head h reads key/value head h // (H / K); keys and values are not repeated, the heads of
-    a group are rows of one product. The softmax is one over both parts, without joining them:
-    joined, the past would be copied.
-    """
-    n_rows, n_queries, n_heads, width = q_BLHE.shape
-    n_kv = k_BKLE.shape[1]
-    group = n_heads // n_kv
-    q_BLKGE = q_BLHE.reshape(n_rows, n_queries, n_kv, group, width)
-    # x runs over the queries of a group's heads, head by head.
-    q_BKxE = q_BLKGE.transpose(0, 2, 3, 1, 4).reshape(n_rows, n_kv, group * n_queries, width)
-    parts = [(k_BKLE, v_BKLE, jnp.tile(mask_BxL[:, None], (1, 1, group, 1)))]
-    if past is not None:
-        parts.append((*past, past_mask_BS[:, None, None]))
-    scores = [
-        jnp.where(mask, einsum("bkxe,bkse->bkxs", q_BKxE, k, out_dtype=jnp.float32), MASKED)
-        for k, _, mask in parts
-    ]
-    top = jax.lax.stop_gradient(jnp.stack([s.max(-1) for s in scores]).max(0))
-    weights = [jnp.exp(s - top[..., None]) for s in scores]
-    total = sum(w.sum(-1) for w in weights)
-    out_BKxE = sum(
-        einsum("bkxs,bkse->bkxe", (w / total[..., None]).astype(v.dtype), v)
-        for w, (_, v, _) in zip(weights, parts)
-    )
-    out_BKGLE = out_BKxE.reshape(n_rows, n_kv, group, n_queries, width)
-    return out_BKGLE.transpose(0, 3, 1, 2, 4).reshape(q_BLHE.shape)
-
-
-def project(x, weight, contract: int = 1):
-    """x times weight over x's last and weight's first `contract` axes, as one matrix product.
-
-    The CPU backend runs higher-rank products, and above all their gradients, several times slower.
-    """
-    leading, out = x.shape[: x.ndim - contract], weight.shape[contract:]
-    width = math.prod(weight.shape[:contract])
-    product = einsum("ri,io->ro", x.reshape(-1, width), weight.reshape(width, -1))
-    return product.reshape(*leading, *out)
-
-
-def rms_norm(x, weight, eps):
-    """x over its root mean square along the last axis, times weight; float32 inside."""
-    x32 = x.astype(jnp.float32)
-    x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    return (x32 * weight.astype(jnp.float32)).astype(x.dtype)
-
-
-def rope_of(positions_BL, cfg: ModelConfig):
-    """(cos_BLE, sin_BLE) float32 of the rotation angles, over half of a head's width."""
-    frequency_E = frequencies(cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
-    angle_BLE = positions_BL[..., None].astype(jnp.float32) * frequency_E
-    return jnp.cos(angle_BLE), jnp.sin(angle_BLE)
-
-
-def frequencies(head_dim: int, theta: float, scaling: Llama3Rope | None) -> np.ndarray:
-    """Radians per position of each rotated pair, float32 [head_dim / 2].
-
-    With Llama 3's scaling, wavelengths beyond the original context are stretched by `factor`,
-    short ones kept, and those between interpolated in frequency. https://arxiv.org/abs/2407.21783
-    """
-    exponent_E = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    frequency_E = (1.0 / np.power(np.float32(theta), exponent_E)).astype(np.float32)
-    if scaling is None:
-        return frequency_E
-    turns_E = scaling.original_max_position_embeddings * frequency_E / (2 * np.pi)
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    kept_E = np.clip((turns_E - low) / (high - low), 0.0, 1.0)
-    return (frequency_E * (kept_E + (1 - kept_E) / scaling.factor)).astype(np.float32)
-
-
-def rotate(x_BLHE, rope, scale: float = 1.0):
-    """Pairs (i, i + E/2) of each head turned by the position's angle, times scale."""
-    cos_BLE, sin_BLE = (scale * part[:, :, None] for part in rope)
-    a, b = jnp.split(x_BLHE.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([a * cos_BLE - b * sin_BLE, b * cos_BLE + a * sin_BLE], axis=-1)
-    return turned.astype(x_BLHE.dtype)
-
-
-def einsum(equation, x, y, out_dtype=None):
-    """Product accumulated in float32, rounded to x's dtype (or out_dtype).
-
-    HIGHEST: float32 means float32. TPUs and GPUs would otherwise use bfloat16 or TF32 passes, whose
-    error is as large as the log-ratios being trained on. It has no effect on bfloat16 operands.
-    """
-    accumulate = out_dtype or x.dtype
-    return jnp.einsum(equation, x, y, precision="highest", preferred_element_type=accumulate)
-
-
-def constrain(x, *names):
-    """Sharding by logical names where rules and a mesh are set; nothing otherwise."""
-    return nn.with_logical_constraint(x, names)
+def _final_norm(decoder, params, x):
+    cfg = decoder.cfg
+    return rms_norm(x, params["final_norm"], cfg.rms_norm_eps, cfg.traits.norm_offset)

@@ -236,15 +236,15 @@ def _read(row: Param, views: dict, cfg: ModelConfig, index: tuple[slice, ...]) -
         cut.append(slice(start * inner, stop * inner))
         block_sizes[group[0]] = stop - start
     sliced = {group[0] for group in row.groups}
-    rest = tuple(slice(None) if a in sliced else slice(*spans[a]) for a in row.layer_axes)
+    rest = tuple(slice(None) if a in sliced else slice(*spans[a]) for a in row.tensor_axes)
 
     def one(name):
         return row.from_hf(views[name][tuple(cut)], block_sizes)[rest].astype(np.float32)
 
-    names = row.hf_names(cfg)
-    if not row.stacked:
-        return np.ascontiguousarray(one(names[0]))
-    return np.stack([one(name) for name in names[slice(*spans["layers"])]])
+    names = np.reshape(row.hf_names(cfg), [sizes[axis] for axis in row.stack])
+    names = names[tuple(slice(*spans[axis]) for axis in row.stack)]
+    tensors = np.stack([one(name) for name in names.flat])
+    return tensors.reshape(*names.shape, *tensors.shape[1:])
 
 
 def _to_tensors(cfg: ModelConfig, params: Params, dtype) -> dict[str, np.ndarray]:
@@ -269,7 +269,7 @@ def _to_tensors(cfg: ModelConfig, params: Params, dtype) -> dict[str, np.ndarray
                 "jax.experimental.multihost_utils.process_allgather(params, tiled=True)"
             )
         host = np.asarray(array)
-        for name, one in zip(row.hf_names(cfg), host if row.stacked else [host]):
+        for name, one in zip(row.hf_names(cfg), host.reshape(-1, *host.shape[len(row.stack) :])):
             tensors[name] = np.ascontiguousarray(row.to_hf(one, cfg).astype(dtype))
     return tensors
 

@@ -1,4 +1,4 @@
-"""What a model is: its configuration, and one table of its parameters.
+"""One table of a model's parameters; its configuration is in architectures and hf_config.
 
 A row of the table says where a parameter lives in the params dict, what Hugging Face calls it, and
 how the two layouts relate. Shapes, logical axes (hence sharding), initialisation, import and export
@@ -8,175 +8,39 @@ are all read off that row.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 
 import jax
 import jax.numpy as jnp
 
+from gopd_jax.models.architectures import (
+    ARCHITECTURES,
+    LinearRope,
+    Llama3Rope,
+    ModelConfig,
+    YarnRope,
+)
+from gopd_jax.models.hf_config import from_hf, to_hf
 from gopd_jax.types import Params
 
-# model_type -> (class name in transformers, RMSNorm on queries and keys)
-ARCHITECTURES = {"qwen3": ("Qwen3ForCausalLM", True), "llama": ("LlamaForCausalLM", False)}
-
-REQUIRED = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "rms_norm_eps",
-)
-
-# Fields that change the mathematics, with the only value implemented; an absent field has it.
-ONLY = {
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "use_sliding_window": False,
-    "partial_rotary_factor": 1.0,
-    "quantization_config": None,
-    "auto_map": None,
-}
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Llama3Rope:
-    """Rope frequencies stretched for long contexts, as in Llama 3.1 (rope_type llama3)."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class ModelConfig:
-    """A dense decoder. Names are those of Hugging Face's config.json."""
-
-    architecture: str  # a key of ARCHITECTURES
-    vocab_size: int  # rows of the embedding; a tokenizer may have fewer tokens
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rms_norm_eps: float
-    rope_theta: float
-    rope_scaling: Llama3Rope | None = None
-    tie_word_embeddings: bool = False
-    max_position_embeddings: int = 2048
-    bos_token_id: int | None = None
-    eos_token_id: int | tuple[int, ...] | None = None
-    pad_token_id: int | None = None
-
-    def __post_init__(self):
-        if self.architecture not in ARCHITECTURES:
-            raise ValueError(
-                f"architecture {self.architecture!r} is not supported; there are "
-                f"{sorted(ARCHITECTURES)}"
-            )
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads = {self.num_attention_heads} is not a multiple of "
-                f"num_key_value_heads = {self.num_key_value_heads}; choose a divisor"
-            )
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim = {self.head_dim} is odd; rope rotates pairs, use an even")
-
-    @property
-    def qk_norm(self) -> bool:
-        return ARCHITECTURES[self.architecture][1]
-
-
-def from_hf(config: dict) -> ModelConfig:
-    """The model that a config.json describes, in the spelling of transformers 4 or 5.
-
-    ValueError where a field is missing, or asks for mathematics that is not implemented here.
-    """
-    architecture = config.get("model_type")
-    if architecture not in ARCHITECTURES:
-        raise ValueError(
-            f"model_type {architecture!r} is not supported; there are {sorted(ARCHITECTURES)}"
-        )
-    required = REQUIRED + (("head_dim", "num_key_value_heads") * (architecture == "qwen3"))
-    if missing := [name for name in required if config.get(name) is None]:
-        raise ValueError(f"the model's config has no {missing}; copy config.json again")
-    rope_theta, rope_scaling, rotary = _rope(config)
-    asked = {**config, "partial_rotary_factor": rotary}
-    wrong = {k: asked[k] for k, v in ONLY.items() if asked.get(k, v) not in (v, None)}
-    kinds = set(config.get("layer_types") or ()) - {"full_attention"}
-    if wrong or kinds:
-        problems = [f"{k} = {v!r} (only {ONLY[k]!r} is implemented)" for k, v in wrong.items()]
-        problems += [f"layer_types {sorted(kinds)} (only 'full_attention' is)"] if kinds else []
-        raise ValueError(
-            f"this {architecture} model needs {'; '.join(problems)}; use a model without it"
-        )
-    heads, eos = config["num_attention_heads"], config.get("eos_token_id")
-    return ModelConfig(
-        architecture=architecture,
-        **{name: config[name] for name in REQUIRED},
-        num_key_value_heads=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-        rope_theta=rope_theta,
-        rope_scaling=rope_scaling,
-        # Both architectures' classes read an absent field as False.
-        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-        max_position_embeddings=config.get("max_position_embeddings") or 2048,
-        bos_token_id=config.get("bos_token_id"),
-        eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
-        pad_token_id=config.get("pad_token_id"),
-    )
-
-
-def _rope(config: dict) -> tuple[float, Llama3Rope | None, float]:
-    """(theta, scaling, rotary fraction) from rope_parameters or from rope_theta, rope_scaling."""
-    old, new = config.get("rope_scaling") or {}, config.get("rope_parameters") or {}
-    if clash := sorted(key for key in old.keys() & new.keys() if old[key] != new[key]):
-        raise ValueError(
-            f"the model's config gives rope_scaling {old} and rope_parameters {new}, which differ "
-            f"in {clash}; keep one"
-        )
-    rope = old | new
-    thetas = {float(d["rope_theta"]) for d in (config, rope) if d.get("rope_theta") is not None}
-    if len(thetas) > 1:
-        raise ValueError(f"the model's config gives two rope_theta, {sorted(thetas)}; keep one")
-    if not thetas:
-        raise ValueError("the model's config has no rope_theta; add it (10000.0 for old Llamas)")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "llama3"):
-        raise ValueError(
-            f"rope_type {kind!r} is not implemented; there are ['default', 'llama3']: use a model "
-            "without it, or remove the scaling if the original context length is enough"
-        )
-    scaling = None
-    if kind == "llama3":
-        names = [field.name for field in dataclasses.fields(Llama3Rope)]
-        if missing := [name for name in names if name not in rope]:
-            raise ValueError(f"rope_type 'llama3' needs {missing} beside it in the model's config")
-        scaling = Llama3Rope(**{name: rope[name] for name in names})
-    rotary = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
-    return thetas.pop(), scaling, 1.0 if rotary is None else rotary
-
-
-def to_hf(cfg: ModelConfig) -> dict:
-    """config.json of the model, readable by transformers 4 (rope_theta) and 5 (rope_parameters)."""
-    out = {k: v for k, v in dataclasses.asdict(cfg).items() if k != "architecture"}
-    if isinstance(cfg.eos_token_id, tuple):
-        out["eos_token_id"] = list(cfg.eos_token_id)
-    rope = {"rope_type": "default"}
-    if cfg.rope_scaling is not None:
-        rope = {"rope_type": "llama3", **dataclasses.asdict(cfg.rope_scaling)}
-        out["rope_scaling"] = dict(rope)
-    return out | {
-        "architectures": [ARCHITECTURES[cfg.architecture][0]],
-        "model_type": cfg.architecture,
-        "rope_parameters": rope | {"rope_theta": cfg.rope_theta},
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        **({"use_sliding_window": False} if cfg.architecture == "qwen3" else {"mlp_bias": False}),
-    }
+__all__ = [
+    "ARCHITECTURES",
+    "LinearRope",
+    "Llama3Rope",
+    "ModelConfig",
+    "Param",
+    "YarnRope",
+    "abstract_params",
+    "axis_sizes",
+    "from_hf",
+    "init",
+    "leaf",
+    "logical_axes",
+    "table",
+    "to_hf",
+    "tree",
+]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -184,7 +48,8 @@ class Param:
     """One parameter: path in the params dict, Hugging Face name, and "their axes -> our axes".
 
     Axis names are the logical names that sharding rules speak of; axes in brackets are merged. A
-    path under "layers" is stacked on a leading axis over layers, one tensor each in the file.
+    path under "layers" is stacked on a leading axis over layers, one tensor each in the file, and
+    on one over experts behind it where the name counts them.
     """
 
     path: str
@@ -194,6 +59,11 @@ class Param:
     @property
     def stacked(self) -> bool:
         return self.path.startswith("layers/")
+
+    @property
+    def stack(self) -> tuple[str, ...]:
+        """Leading axes over which the file has one tensor each."""
+        return ("layers", "experts")[: self.stacked + ("{expert}" in self.hf_name)]
 
     @property
     def name(self) -> str:
@@ -215,13 +85,13 @@ class Param:
         return groups
 
     @property
-    def layer_axes(self) -> tuple[str, ...]:
-        """Our axes of one layer's array, or of the array itself where it is not stacked."""
+    def tensor_axes(self) -> tuple[str, ...]:
+        """Our axes of what one tensor of the file holds."""
         return tuple(self.pattern.split("->")[1].split())
 
     @property
     def axes(self) -> tuple[str, ...]:
-        return ("layers", *self.layer_axes) if self.stacked else self.layer_axes
+        return (*self.stack, *self.tensor_axes)
 
     def shape(self, cfg: ModelConfig) -> tuple[int, ...]:
         return tuple(axis_sizes(cfg)[axis] for axis in self.axes)
@@ -231,47 +101,72 @@ class Param:
         return tuple(math.prod(sizes[axis] for axis in group) for group in self.groups)
 
     def hf_names(self, cfg: ModelConfig) -> list[str]:
-        n_tensors = cfg.num_hidden_layers if self.stacked else 1
-        return [self.hf_name.format(layer=i) for i in range(n_tensors)]
+        """Of the file's tensors, in the order of the stacked axes."""
+        counts = [range(axis_sizes(cfg)[axis]) for axis in self.stack]
+        words = [axis.removesuffix("s") for axis in self.stack]
+        return [self.hf_name.format(**dict(zip(words, i))) for i in itertools.product(*counts)]
 
     def from_hf(self, tensor, sizes: dict[str, int]):
         """One tensor of the file (or a block of it, with the block's sizes) in our layout."""
         left = [axis for group in self.groups for axis in group]
         split = tensor.reshape([sizes[axis] for axis in left])
-        return split.transpose([left.index(axis) for axis in self.layer_axes])
+        return split.transpose([left.index(axis) for axis in self.tensor_axes])
 
     def to_hf(self, array, cfg: ModelConfig):
-        """One layer's array (or the array, where not stacked) in the file's layout."""
+        """What one tensor of the file holds, from our layout to the file's."""
         left = [axis for group in self.groups for axis in group]
-        split = array.transpose([self.layer_axes.index(axis) for axis in left])
+        split = array.transpose([self.tensor_axes.index(axis) for axis in left])
         return split.reshape(self.hf_shape(cfg))
 
     def initialize(self, key, cfg: ModelConfig, shape: tuple[int, ...]):
-        """Ones for norms, normal with standard deviation 0.02 for the rest; float32."""
+        """Norms that multiply by 1, no bias, normal with deviation 0.02 for the rest; float32."""
+        if self.name.endswith("bias") or (self.name.endswith("norm") and cfg.traits.norm_offset):
+            return jnp.zeros(shape, jnp.float32)
         if self.name.endswith("norm"):
             return jnp.ones(shape, jnp.float32)
         return 0.02 * jax.random.normal(key, shape, jnp.float32)
 
 
-_LAYER = "model.layers.{layer}."
-_EMBED = (Param("embed", "model.embed_tokens.weight", "vocab embed -> vocab embed"),)
-_LAYERS = tuple(
-    Param(f"layers/{name}", f"{_LAYER}{hf_name}.weight", pattern)
-    for name, hf_name, pattern in (
-        ("attention_norm", "input_layernorm", "embed -> embed"),
-        ("q", "self_attn.q_proj", "(heads head_dim) embed -> embed heads head_dim"),
-        ("k", "self_attn.k_proj", "(kv_heads head_dim) embed -> embed kv_heads head_dim"),
-        ("v", "self_attn.v_proj", "(kv_heads head_dim) embed -> embed kv_heads head_dim"),
-        ("o", "self_attn.o_proj", "embed (heads head_dim) -> heads head_dim embed"),
-        ("mlp_norm", "post_attention_layernorm", "embed -> embed"),
-        ("gate", "mlp.gate_proj", "mlp embed -> embed mlp"),
-        ("up", "mlp.up_proj", "mlp embed -> embed mlp"),
-        ("down", "mlp.down_proj", "embed mlp -> mlp embed"),
+def _layer(*rows: tuple[str, str, str]) -> tuple[Param, ...]:
+    return tuple(
+        Param(f"layers/{name}", f"model.layers.{{layer}}.{hf_name}", pattern)
+        for name, hf_name, pattern in rows
     )
+
+
+_EMBED = (Param("embed", "model.embed_tokens.weight", "vocab embed -> vocab embed"),)
+_ATTENTION = _layer(
+    ("attention_norm", "input_layernorm.weight", "embed -> embed"),
+    ("q", "self_attn.q_proj.weight", "(heads head_dim) embed -> embed heads head_dim"),
+    ("k", "self_attn.k_proj.weight", "(kv_heads head_dim) embed -> embed kv_heads head_dim"),
+    ("v", "self_attn.v_proj.weight", "(kv_heads head_dim) embed -> embed kv_heads head_dim"),
+    ("o", "self_attn.o_proj.weight", "embed (heads head_dim) -> heads head_dim embed"),
 )
-_QK_NORM = tuple(
-    Param(f"layers/{name}", f"{_LAYER}self_attn.{name}.weight", "head_dim -> head_dim")
-    for name in ("q_norm", "k_norm")
+_QKV_BIAS = _layer(
+    ("q_bias", "self_attn.q_proj.bias", "(heads head_dim) -> heads head_dim"),
+    ("k_bias", "self_attn.k_proj.bias", "(kv_heads head_dim) -> kv_heads head_dim"),
+    ("v_bias", "self_attn.v_proj.bias", "(kv_heads head_dim) -> kv_heads head_dim"),
+)
+_MLP_NORM = _layer(("mlp_norm", "post_attention_layernorm.weight", "embed -> embed"))
+_SANDWICH = _layer(
+    ("attention_post_norm", "post_attention_layernorm.weight", "embed -> embed"),
+    ("mlp_norm", "pre_feedforward_layernorm.weight", "embed -> embed"),
+    ("mlp_post_norm", "post_feedforward_layernorm.weight", "embed -> embed"),
+)
+_MLP = _layer(
+    ("gate", "mlp.gate_proj.weight", "mlp embed -> embed mlp"),
+    ("up", "mlp.up_proj.weight", "mlp embed -> embed mlp"),
+    ("down", "mlp.down_proj.weight", "embed mlp -> mlp embed"),
+)
+_ROUTED = _layer(
+    ("router", "mlp.gate.weight", "routes embed -> embed routes"),
+    ("expert_gate", "mlp.experts.{expert}.gate_proj.weight", "expert embed -> embed expert"),
+    ("expert_up", "mlp.experts.{expert}.up_proj.weight", "expert embed -> embed expert"),
+    ("expert_down", "mlp.experts.{expert}.down_proj.weight", "embed expert -> expert embed"),
+)
+_QK_NORM = _layer(
+    ("q_norm", "self_attn.q_norm.weight", "head_dim -> head_dim"),
+    ("k_norm", "self_attn.k_norm.weight", "head_dim -> head_dim"),
 )
 _FINAL_NORM = (Param("final_norm", "model.norm.weight", "embed -> embed"),)
 _HEAD = (Param("head", "lm_head.weight", "vocab embed -> vocab embed"),)
@@ -279,7 +174,11 @@ _HEAD = (Param("head", "lm_head.weight", "vocab embed -> vocab embed"),)
 
 def table(cfg: ModelConfig) -> tuple[Param, ...]:
     """The model's parameters, in the order in which they are initialised and written."""
-    layers = _LAYERS + (_QK_NORM if cfg.qk_norm else ())
+    traits = cfg.traits
+    layers = _ATTENTION + (_SANDWICH if traits.post_norms else _MLP_NORM)
+    layers += _ROUTED if traits.routed else _MLP
+    layers += _QK_NORM if traits.qk_norm else ()
+    layers += _QKV_BIAS if traits.qkv_bias else ()
     return _EMBED + layers + _FINAL_NORM + (() if cfg.tie_word_embeddings else _HEAD)
 
 
@@ -293,6 +192,10 @@ def axis_sizes(cfg: ModelConfig) -> dict[str, int]:
         "kv_heads": cfg.num_key_value_heads,
         "head_dim": cfg.head_dim,
         "mlp": cfg.intermediate_size,
+        # The router is whole on every device, so that each can choose for its own tokens.
+        "routes": cfg.num_experts,
+        "experts": cfg.num_experts,
+        "expert": cfg.moe_intermediate_size,
     }
 
 

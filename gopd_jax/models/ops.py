@@ -1,0 +1,77 @@
+"""Products, norms and attention of the decoder: pure functions of arrays."""
+
+from __future__ import annotations
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+# Finite, so that a query without any valid key (padding) averages instead of becoming NaN.
+MASKED = -1e30
+
+
+def attend(q_BLHE, k_BKLE, v_BKLE, mask_BxL, past, past_mask_BS):
+    """Grouped-query attention of scaled queries to these keys and to the past ones, out_BLHE.
+
+    Query head h reads key/value head h // (H / K); keys and values are not repeated, the heads of
+    a group are rows of one product. The softmax is one over both parts, without joining them:
+    joined, the past would be copied.
+    """
+    n_rows, n_queries, n_heads, width = q_BLHE.shape
+    n_kv = k_BKLE.shape[1]
+    group = n_heads // n_kv
+    q_BLKGE = q_BLHE.reshape(n_rows, n_queries, n_kv, group, width)
+    # x runs over the queries of a group's heads, head by head.
+    q_BKxE = q_BLKGE.transpose(0, 2, 3, 1, 4).reshape(n_rows, n_kv, group * n_queries, width)
+    parts = [(k_BKLE, v_BKLE, jnp.tile(mask_BxL[:, None], (1, 1, group, 1)))]
+    if past is not None:
+        parts.append((*past, past_mask_BS[:, None, None]))
+    scores = [
+        jnp.where(mask, einsum("bkxe,bkse->bkxs", q_BKxE, k, out_dtype=jnp.float32), MASKED)
+        for k, _, mask in parts
+    ]
+    top = jax.lax.stop_gradient(jnp.stack([s.max(-1) for s in scores]).max(0))
+    weights = [jnp.exp(s - top[..., None]) for s in scores]
+    total = sum(w.sum(-1) for w in weights)
+    out_BKxE = sum(
+        einsum("bkxs,bkse->bkxe", (w / total[..., None]).astype(v.dtype), v)
+        for w, (_, v, _) in zip(weights, parts)
+    )
+    out_BKGLE = out_BKxE.reshape(n_rows, n_kv, group, n_queries, width)
+    return out_BKGLE.transpose(0, 3, 1, 2, 4).reshape(q_BLHE.shape)
+
+
+def project(x, weight, contract: int = 1):
+    """x times weight over x's last and weight's first `contract` axes, as one matrix product.
+
+    The CPU backend runs higher-rank products, and above all their gradients, several times slower.
+    """
+    leading, out = x.shape[: x.ndim - contract], weight.shape[contract:]
+    width = math.prod(weight.shape[:contract])
+    product = einsum("ri,io->ro", x.reshape(-1, width), weight.reshape(width, -1))
+    return product.reshape(*leading, *out)
+
+
+def rms_norm(x, weight, eps, offset: bool = False):
+    """x over its root mean square along the last axis, times weight (or 1 + weight); float32."""
+    x32 = x.astype(jnp.float32)
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    scale = 1.0 + weight.astype(jnp.float32) if offset else weight.astype(jnp.float32)
+    return (x32 * scale).astype(x.dtype)
+
+
+def einsum(equation, x, y, out_dtype=None):
+    """Product accumulated in float32, rounded to x's dtype (or out_dtype).
+
+    HIGHEST: float32 means float32. TPUs and GPUs would otherwise use bfloat16 or TF32 passes, whose
+    error is as large as the log-ratios being trained on. It has no effect on bfloat16 operands.
+    """
+    accumulate = out_dtype or x.dtype
+    return jnp.einsum(equation, x, y, precision="highest", preferred_element_type=accumulate)
+
+
+def constrain(x, *names):
+    """Sharding by logical names where rules and a mesh are set; nothing otherwise."""
+    return nn.with_logical_constraint(x, names)
