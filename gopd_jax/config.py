@@ -84,6 +84,16 @@ class Optimizer:
 
 
 @dataclass(slots=True, kw_only=True)
+class Lora:
+    """Low-rank adapters on the student: they alone are trained."""
+
+    rank: int = 16  # of each adapter
+    alpha: float = 32.0  # an adapter counts alpha / rank times
+    targets: str = r"(q|k|v|o|gate|up|down)_proj"  # searched for in Hugging Face's module names
+    export: str = "merged"  # what a finished run writes: merged weights, or a PEFT adapter
+
+
+@dataclass(slots=True, kw_only=True)
 class Mesh:
     """Devices along each axis."""
 
@@ -127,6 +137,7 @@ class Config:
     batch: Batch = field(default_factory=Batch)  # rows of one step
     objective: Objective = field(default_factory=Objective)  # what is learnt from
     optimizer: Optimizer = field(default_factory=Optimizer)  # how its gradient is applied
+    lora: Lora | None = None  # adapters in place of the student's own weights; None: all train
     mesh: Mesh = field(default_factory=Mesh)  # devices along each axis
     checkpoints: Checkpoints = field(default_factory=Checkpoints)  # when the state is written
     evaluation: Evaluation = field(default_factory=Evaluation)  # accuracy, of what and when
@@ -156,7 +167,7 @@ MAY_CHANGE = ("workdir", "checkpoints", "preflight", "profile", "mesh")
 BY_CONTENT = ("path", "data.train", "data.test", "placement")
 # Options of later versions: absent from a run's identity while they are off, so that a run of an
 # earlier version is continued.
-LATER = ("template", "context", "prompt_length", "follows", "stop", "fingerprint")
+LATER = ("template", "context", "prompt_length", "follows", "stop", "fingerprint", "lora")
 
 
 def identity(config: Config) -> dict[str, str]:

@@ -21,6 +21,7 @@ from gopd_jax.spec import resolve
 
 DTYPES = ("float32", "bfloat16")
 PLACEMENTS = ("device", "host")
+EXPORTS = ("merged", "adapter")
 PREFLIGHTS = ("refuse", "warn", "off")
 SCHEDULES = ("constant", "cosine")
 SOURCES = ("student", "teacher", "data")
@@ -145,6 +146,7 @@ def _choices(c) -> Iterator[str]:
         ("optimizer.schedule", c.optimizer.schedule, SCHEDULES),
         ("objective.source", c.objective.source, SOURCES),
         ("preflight", c.preflight, PREFLIGHTS),
+        *([("lora.export", c.lora.export, EXPORTS)] if c.lora else ()),
         *((k, value, DTYPES) for k, value, _ in leaves(c) if k.endswith(".dtype")),
         *((k, value, PLACEMENTS) for k, value, _ in leaves(c) if k.endswith(".placement")),
     ):

@@ -9,10 +9,11 @@ import jax
 from gopd_jax import config as settings
 from gopd_jax import data, sharding, step
 from gopd_jax.evaluate import held_out
-from gopd_jax.models import hf
+from gopd_jax.models import hf, lora
 from gopd_jax.models import params as lm_params
 from gopd_jax.models import tokenizer as tokenizers
 from gopd_jax.models.decoder import Decoder
+from gopd_jax.models.params import Lora, ModelConfig
 from gopd_jax.objectives import objective
 from gopd_jax.optimizer import make_optimizer
 from gopd_jax.problems import roles as loaded_roles
@@ -88,6 +89,7 @@ def prepare(config: settings.Config) -> Run:
         frozen=step.Frozen(
             teachers=tuple(roles[f"teacher:{name}"].params for name in teachers),
             reference=roles["reference"].params if goal.reference else None,
+            base=lora.split(roles["student"].params)[1],
         ),
         identity=_identity(c, roles, train, test),
     )
@@ -168,6 +170,8 @@ def _load_roles(models: dict[str, settings.Model], mesh, c, problems) -> dict[st
         if loaded[key] is None or reader is None:
             continue
         cfg, params, digest, _ = loaded[key]
+        if c.lora is not None and (name == "student" or model.follows is not None):
+            cfg, params = _try(problems, _with_adapters, cfg, params, mesh, c) or (cfg, params)
         if model.fingerprint is not None and not digest.startswith(model.fingerprint):
             problems.append(
                 f"{name}: {model.path} has the fingerprint {digest[:12]}, and fingerprint is "
@@ -181,6 +185,16 @@ def _load_roles(models: dict[str, settings.Model], mesh, c, problems) -> dict[st
             reader=reader,
         )
     return roles
+
+
+def _with_adapters(cfg: ModelConfig, params, mesh, c: settings.Config):
+    """(cfg, params) with new adapters beside the same arrays."""
+    options = {name: getattr(c.lora, name) for name in ("rank", "alpha", "targets")}
+    cfg = dataclasses.replace(cfg, lora=Lora(**options))
+    axes, _ = lora.split(lm_params.logical_axes(cfg))
+    where = sharding.shardings(mesh, axes)
+    draw = jax.jit(lora.init, static_argnums=0, out_shardings=where)
+    return cfg, lora.join(draw(cfg, jax.random.key(c.seed)), params)
 
 
 def _length(model: settings.Model, c: settings.Config) -> int:

@@ -15,6 +15,7 @@ from flax import struct
 from jax.sharding import Mesh
 
 from gopd_jax import batching, sampler, scoring, sharding
+from gopd_jax.models import lora
 from gopd_jax.models.decoder import Decoder
 from gopd_jax.models.params import abstract_params, logical_axes
 from gopd_jax.objectives.diagnostics import diagnostics
@@ -50,19 +51,21 @@ class Frozen:
     """Parameters that no gradient reaches: each teacher's, and the reference's or None.
 
     They may lie in host memory (memory kind pinned_host): the step brings them in one model after
-    another, and keeps none. A teacher that is None follows the student: see `following`.
+    another, and keeps none. A teacher that is None follows the student: see `following`. base is
+    what of the student is frozen, where adapters alone are trained.
     """
 
     teachers: tuple[Params | None, ...]
     reference: Params | None
+    base: Params | None = None
 
 
 def state_shardings(recipe: Recipe) -> TrainState:
     """NamedShardings of a TrainState: moments lie as the parameters they belong to."""
     cfg, mesh = recipe.student.cfg, recipe.mesh
-    of_params = sharding.shardings(mesh, logical_axes(cfg))
+    of_params = sharding.shardings(mesh, lora.split(logical_axes(cfg))[0])
     whole = sharding.replicated(mesh)
-    opt_state = jax.eval_shape(recipe.optimizer.init, abstract_params(cfg))
+    opt_state = jax.eval_shape(recipe.optimizer.init, lora.split(abstract_params(cfg))[0])
     of_opt = optax.tree_utils.tree_map_params(
         recipe.optimizer,
         lambda _, s: s,
@@ -75,7 +78,11 @@ def state_shardings(recipe: Recipe) -> TrainState:
 
 
 def init_state(recipe: Recipe, params: Params) -> TrainState:
-    """Step 0 of these parameters, sharded as `state_shardings`. params is not donated."""
+    """Step 0 of the student's parameters, sharded as `state_shardings`. params is not donated.
+
+    Where the student has adapters, the state holds these alone.
+    """
+    params, _ = lora.split(params)
 
     def start(params):
         # A copy: the state is donated to the step, and the reference may be the same arrays.
@@ -88,7 +95,10 @@ def init_state(recipe: Recipe, params: Params) -> TrainState:
 
 def following(frozen: Frozen, state: TrainState) -> Frozen:
     """The frozen models, with the student's moving average for each teacher that follows it."""
-    teachers = (state.ema if params is None else params for params in frozen.teachers)
+    if None not in frozen.teachers:
+        return frozen
+    average = lora.join(state.ema, frozen.base)
+    teachers = (average if params is None else params for params in frozen.teachers)
     return frozen.replace(teachers=tuple(teachers))
 
 
@@ -115,7 +125,8 @@ def generate(recipe: Recipe, params: Params, frozen: Frozen, prompts: Prompts, k
 
         rollout = batching.by_teacher(write, prompts, **_groups(recipe))
     else:
-        rollout = _sample(recipe, recipe.student, params, prompts, key)
+        whole = lora.join(params, frozen.base)
+        rollout = _sample(recipe, recipe.student, whole, prompts, key)
     return jax.lax.stop_gradient(sharding.constrain_rows(rollout))
 
 
@@ -135,8 +146,8 @@ def score(recipe: Recipe, frozen: Frozen, rollout: Rollout) -> Scores:
     return jax.lax.stop_gradient(Scores(teacher_BT=teacher_BT, ref_BT=ref_BT))
 
 
-def update(recipe: Recipe, state: TrainState, rollout: Rollout, scores: Scores):
-    """(state after one optimizer step, metrics {key: Mean}).
+def update(recipe: Recipe, state: TrainState, rollout: Rollout, scores: Scores, base=None):
+    """(state after one optimizer step, metrics {key: Mean}); base: Frozen's.
 
     Weights and baselines are fixed on the whole batch first; the gradient is then summed over
     microbatches. The student's log-probs come from the loss's own forward pass. A gradient that is
@@ -149,7 +160,8 @@ def update(recipe: Recipe, state: TrainState, rollout: Rollout, scores: Scores):
 
     def loss_of(params, rows):
         rollout, scores, weight_BT = rows
-        logp_BT, entropy_BT = scoring.score(recipe.student, params, rollout, **_head(recipe))
+        whole = lora.join(params, base)
+        logp_BT, entropy_BT = scoring.score(recipe.student, whole, rollout, **_head(recipe))
         student_BT = jax.lax.stop_gradient(logp_BT)
         advantage_BT = objective.advantage(scores.replace(student_BT=student_BT), rollout.mask_BT)
         advantage_BT = jax.lax.stop_gradient(advantage_BT)
@@ -205,7 +217,8 @@ def fused(recipe: Recipe) -> Callable:
     def step(state, frozen, prompts, key):
         frozen = following(frozen, state)
         rollout = generate(recipe, state.params, frozen, prompts, key)
-        state, metrics = update(recipe, state, rollout, score(recipe, frozen, rollout))
+        scores = score(recipe, frozen, rollout)
+        state, metrics = update(recipe, state, rollout, scores, frozen.base)
         return state, rollout, metrics
 
     return _jit(recipe, step, (state_shardings(recipe), *_rows_and_whole(recipe)), donate=(0,))
@@ -215,8 +228,8 @@ def staged(recipe: Recipe) -> tuple[Callable, Callable, Callable]:
     """(generate, score, update) as three jits.
 
     generate(params, frozen, prompts, key) -> rollout; score(frozen, rollout) -> scores;
-    update(state, rollout, scores) -> (state, metrics), which donates the state. frozen is that of
-    `following` where a teacher follows the student.
+    update(state, rollout, scores, frozen.base) -> (state, metrics), which donates the state. frozen
+    is that of `following` where a teacher follows the student.
     """
     rows, whole = _rows_and_whole(recipe)
     return (

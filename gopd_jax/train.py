@@ -14,7 +14,7 @@ import numpy as np
 from gopd_jax import checkpoint, data, metrics, preflight, sharding, step
 from gopd_jax import config as settings
 from gopd_jax.evaluate import completions, evaluate
-from gopd_jax.models import hf
+from gopd_jax.models import hf, lora
 from gopd_jax.models.params import abstract_params, table
 from gopd_jax.problems import teacher_of
 from gopd_jax.setup import Run, prepare, views
@@ -138,7 +138,7 @@ def finish(begun: Begun) -> Summary:
             with watch("evaluate"):
                 every = config.evaluation.every
                 if now == config.steps or (every and now % every == 0):
-                    judge("student", this.student.decoder, state.params, now)
+                    judge("student", this.student.decoder, _whole(this, state), now)
             timing = watch.lap(row["tokens"])
             writer.write(now, row, timing)
             progress.update(now, row, timing)
@@ -156,7 +156,7 @@ def finish(begun: Begun) -> Summary:
 
 def _abstract_state(recipe: step.Recipe) -> TrainState:
     """Shapes, dtypes and shardings of the run's TrainState."""
-    params = abstract_params(recipe.student.cfg)
+    params, _ = lora.split(abstract_params(recipe.student.cfg))
     opt_state = jax.eval_shape(recipe.optimizer.init, params)
     ema = None if recipe.ema_decay is None else params
     shapes = TrainState(jax.ShapeDtypeStruct((), np.int32), params, opt_state, ema)
@@ -165,6 +165,11 @@ def _abstract_state(recipe: step.Recipe) -> TrainState:
         shapes,
         step.state_shardings(recipe),
     )
+
+
+def _whole(this: Run, state: TrainState):
+    """All of the student's parameters."""
+    return lora.join(state.params, this.frozen.base)
 
 
 def _steps(profile: str | None) -> range:
@@ -179,11 +184,11 @@ def _judge_all(this: Run, judge, state: TrainState, stop, note) -> int | None:
         if signal_of := stop():
             return signal_of
         follows = this.roles[name].params is None
-        params = state.params if follows else this.roles[name].params
+        params = _whole(this, state) if follows else this.roles[name].params
         found[name] = judge(name, this.roles[name].decoder, params, 0)
     if signal_of := stop():
         return signal_of
-    students = judge("student", this.student.decoder, state.params, 0)
+    students = judge("student", this.student.decoder, _whole(this, state), 0)
     for task in this.train.tasks if this.recipe.teachers else ():
         if (name := f"teacher:{teacher_of(this.config, task)}") in found:
             told, own = found[name][task], students[task]
@@ -230,7 +235,7 @@ def _advance(this: Run):
             reward_B = sharding.to_global(this.mesh, rewards(rollout, prompts))
             scores = score(frozen, rollout)
             scores = Scores(teacher_BT=scores.teacher_BT, ref_BT=scores.ref_BT, reward_B=reward_B)
-            state, found = update(state, rollout, scores)
+            state, found = update(state, rollout, scores, frozen.base)
         else:
             state, rollout, found = fused(state, this.frozen, rows, step_key)
             if every and i % every == 0:

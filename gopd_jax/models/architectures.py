@@ -80,6 +80,19 @@ SCALINGS = {"linear": LinearRope, "llama3": Llama3Rope, "yarn": YarnRope}  # by 
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Lora:
+    """Adapters W + (alpha / rank) A B beside the matrices whose module name `targets` finds."""
+
+    rank: int
+    alpha: float
+    targets: str  # a regular expression, searched for in "model.layers.*.self_attn.q_proj.weight"
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     """A decoder. Names are those of Hugging Face's config.json."""
 
@@ -107,6 +120,7 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
     pad_token_id: int | None = None
+    lora: Lora | None = None  # no part of a checkpoint: adapters that are trained beside it
 
     def __post_init__(self):
         if self.architecture not in ARCHITECTURES:

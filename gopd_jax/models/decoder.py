@@ -74,7 +74,11 @@ class Block(nn.Module):
             view = jax.tree.map(lambda full, near: jnp.where(slides, near, full), *views)
 
         def dot(x, name, contract=1):
-            return project(x, weight[name].astype(dtype), contract)
+            y = project(x, weight[name].astype(dtype), contract)
+            if (a := weight.get(f"{name}_lora_a")) is None:
+                return y
+            low = project(x, a.astype(dtype), contract)
+            return y + cfg.lora.scale * project(low, weight[f"{name}_lora_b"].astype(dtype))
 
         def norm(x, name):
             return rms_norm(x, weight[name], cfg.rms_norm_eps, traits.norm_offset)

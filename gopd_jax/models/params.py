@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from gopd_jax.models.architectures import (
     ARCHITECTURES,
     LinearRope,
     Llama3Rope,
+    Lora,
     ModelConfig,
     YarnRope,
 )
@@ -28,10 +30,12 @@ __all__ = [
     "ARCHITECTURES",
     "LinearRope",
     "Llama3Rope",
+    "Lora",
     "ModelConfig",
     "Param",
     "YarnRope",
     "abstract_params",
+    "adapted",
     "axis_sizes",
     "from_hf",
     "init",
@@ -179,7 +183,43 @@ def table(cfg: ModelConfig) -> tuple[Param, ...]:
     layers += _ROUTED if traits.routed else _MLP
     layers += _QK_NORM if traits.qk_norm else ()
     layers += _QKV_BIAS if traits.qkv_bias else ()
-    return _EMBED + layers + _FINAL_NORM + (() if cfg.tie_word_embeddings else _HEAD)
+    rows = _EMBED + layers + _FINAL_NORM + (() if cfg.tie_word_embeddings else _HEAD)
+    return rows if cfg.lora is None else rows + _adapters(adapted(rows, cfg.lora))
+
+
+def adapted(rows: tuple[Param, ...], lora: Lora) -> tuple[Param, ...]:
+    """Rows whose module name lora.targets finds.
+
+    ValueError where it finds none, or one that no adapter is implemented for.
+    """
+    matrices = [row for row in rows if row.stacked and len(row.groups) == 2]
+    names = {row: row.hf_name.format(layer="*", expert="*") for row in matrices}
+    found = [row for row in matrices if re.search(lora.targets, names[row])]
+    if not found:
+        raise ValueError(f"lora.targets = {lora.targets!r} finds none of {list(names.values())}")
+    if routed := [names[row] for row in found if "experts" in row.stack or row.name == "router"]:
+        raise ValueError(
+            f"lora.targets = {lora.targets!r} finds {routed}, and adapters of routed experts are "
+            r"not implemented; choose others: 'self_attn\.', say"
+        )
+    return tuple(found)
+
+
+def _adapters(rows: tuple[Param, ...]) -> tuple[Param, ...]:
+    """A and B of each row, under the names and in the layout of PEFT's files."""
+    found = []
+    for row in rows:
+        outer, inner = (" ".join(group) for group in row.groups)
+        module = f"base_model.model.{row.hf_name.removesuffix('.weight')}"
+        found += [
+            Param(
+                f"{row.path}_lora_a", f"{module}.lora_A.weight", f"rank ({inner}) -> {inner} rank"
+            ),
+            Param(
+                f"{row.path}_lora_b", f"{module}.lora_B.weight", f"({outer}) rank -> rank {outer}"
+            ),
+        ]
+    return tuple(found)
 
 
 def axis_sizes(cfg: ModelConfig) -> dict[str, int]:
@@ -196,6 +236,7 @@ def axis_sizes(cfg: ModelConfig) -> dict[str, int]:
         "routes": cfg.num_experts,
         "experts": cfg.num_experts,
         "expert": cfg.moe_intermediate_size,
+        "rank": cfg.lora.rank if cfg.lora else None,
     }
 
 
