@@ -275,17 +275,9 @@ def _head(recipe) -> dict:
 
 def _sample(recipe, decoder, params, prompts, key):
     """sampler.generate from a copy of the weights in decode layout and dtype, made once."""
-    axes = sharding.shardings(recipe.mesh, logical_axes(decoder.cfg), sharding.DECODE)
-
-    def gather(path, x, layout):
-        # Norm weights act in float32; rounding them would part the sampler from the scorer.
-        is_norm = "norm" in jax.tree_util.keystr(path)
-        x = x if is_norm else x.astype(decoder.dtype)
-        return jax.lax.with_sharding_constraint(x, layout)
-
     return sampler.generate(
         decoder,
-        jax.tree_util.tree_map_with_path(gather, params, axes),
+        decode_copy(recipe.mesh, decoder, params),
         prompts,
         key,
         completion_length=recipe.completion_length,
@@ -293,6 +285,19 @@ def _sample(recipe, decoder, params, prompts, key):
         eos_ids=recipe.eos_ids,
         n_vocab=recipe.n_vocab,
     )
+
+
+def decode_copy(mesh: Mesh, decoder: Decoder, params: Params) -> Params:
+    """Inside a jit: the weights in decode layout and dtype, gathered once for a whole rollout."""
+    axes = sharding.shardings(mesh, logical_axes(decoder.cfg), sharding.DECODE)
+
+    def gather(path, x, layout):
+        # Norm weights act in float32; rounding them would part the sampler from the scorer.
+        is_norm = "norm" in jax.tree_util.keystr(path)
+        x = x if is_norm else x.astype(decoder.dtype)
+        return jax.lax.with_sharding_constraint(x, layout)
+
+    return jax.tree_util.tree_map_with_path(gather, params, axes)
 
 
 def _logps(recipe, decoder, params, rollout):

@@ -13,10 +13,19 @@ LAYERS = (
     ("objectives", "verifiers", "microworld"),
     ("config", "problems", "sharding", "microworld.preset"),
     ("models",),
-    ("sampler", "scoring", "records", "data", "checkpoint"),
+    ("sampler", "scoring", "records", "data", "rows", "checkpoint"),
     ("step", "evaluate", "metrics"),
     ("setup", "train"),
-    ("main", "report", "plots", "expo", *(f"microworld.{n}" for n in ("make", "cells", "compare"))),
+    (
+        "main",
+        "score",
+        "generate",
+        "command",
+        "report",
+        "plots",
+        "expo",
+        *(f"microworld.{n}" for n in ("make", "cells", "compare")),
+    ),
 )
 LAYER = {name: i for i, names in enumerate(LAYERS) for name in names}
 # The embedded world is one source of data among others: only these may know it.
