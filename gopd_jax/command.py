@@ -94,8 +94,8 @@ def check_batch(batch: int, mesh: Mesh) -> None:
     shards = sharding.n_row_shards(mesh)
     if batch < 1 or batch % shards:
         raise ValueError(
-            f"batch is {batch} rows and mesh.data * mesh.fsdp = {mesh.shape['data']} * "
-            f"{mesh.shape['fsdp']} shards them; make it a multiple of {shards}"
+            f"batch is {batch} rows, and the mesh has mesh.data * mesh.fsdp = {shards} shards of "
+            f"rows; make it a multiple of {shards}"
         )
 
 
@@ -149,8 +149,8 @@ class Output:
             try:
                 row = json.loads(line)
             except ValueError:
-                row = {}
-            if not isinstance(row, dict) or name.items() - row.items():
+                row = None
+            if not isinstance(row, dict) or {key: row.get(key) for key in name} != name:
                 raise ValueError(f"{self.path}:{number} is not row {name}; {cure}")
         if len(lines) > len(self._names):
             raise ValueError(f"{self.path} has {len(lines)} rows of {len(self._names)}; {cure}")
