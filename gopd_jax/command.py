@@ -158,8 +158,8 @@ class Output:
             os.truncate(self.path, end)
         return len(lines)
 
-    def write(self, batches: Iterator[tuple[list[dict], int]]) -> None:
-        """Append the rows of (rows, tokens of the work) pairs, with a bar.
+    def write(self, batches: Iterator[tuple[list[dict], int, int]]) -> None:
+        """Append the rows of (rows, how many were made, tokens of that work), with a bar.
 
         A kill leaves whole rows behind, and part of one at most.
         """
@@ -176,10 +176,10 @@ class Output:
             if done:
                 progress.note(f"{self.path} has {done} of {total} rows; continuing")
             before = time.perf_counter()
-            for rows, n_tokens in batches:
+            for rows, n_made, n_tokens in batches:
                 # ASCII: no character of a text can be taken for the end of a line.
                 file.write(b"".join(json.dumps(row).encode() + b"\n" for row in rows))
-                done += len(rows)
+                done += n_made
                 now = time.perf_counter()
                 progress.update(done, {}, {"tokens_per_second": n_tokens / (now - before)})
                 before = now

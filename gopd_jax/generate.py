@@ -52,7 +52,7 @@ def generate_rows(
     _check(model, **options, n=n, batch=batch)
     found, _ = _read(model, data, raw_prompt, max_tokens)
     done = _generated(model, found, 0, **options, n=n, batch=batch)
-    return [row for some, _ in done for row in some]
+    return [row for some, _, _ in done for row in some]
 
 
 def write(
@@ -114,8 +114,8 @@ def _generated(
     seed: int,
     n: int,
     batch: int,
-) -> Iterator[tuple[list[dict], int]]:
-    """(rows of the output from number `start` on, tokens sampled), batch by batch."""
+) -> Iterator[tuple[list[dict], int, int]]:
+    """As rows.in_order gives them, from number `start` on, and the tokens sampled in each."""
     lengths = [len(row.prompt_ids) for row in found for _ in range(n)]
     shards = sharding.n_row_shards(model.mesh)
     planned = rows.batches(lengths, lengths, n_rows=batch, multiple=shards)
@@ -150,8 +150,8 @@ def _generated(
         n_tokens = sum(len(result["token_ids"]) for result in results)
         return results
 
-    for some in rows.in_order(planned, run, start):
-        yield some, n_tokens
+    for some, n_made in rows.in_order(planned, run, start):
+        yield some, n_made, n_tokens
 
 
 def _program(model: command.Model, temperature, top_p, max_tokens, seed) -> Callable:

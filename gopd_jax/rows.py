@@ -181,9 +181,10 @@ def batches(
 
 def in_order(
     found: Sequence[tuple[Bucket, list[int]]], run: Callable, start: int
-) -> Iterator[list[dict]]:
-    """Lists of results from number `start` on, in order; run(bucket, numbers) -> one of each.
+) -> Iterator[tuple[list[dict], int]]:
+    """(results from number `start` on that are next in order, how many a batch has made).
 
+    run(bucket, numbers) -> a result of each. What comes before its turn waits for it.
     A batch of which any result is still wanted is run whole, so that what comes of a continued run
     is what would have come of it unbroken.
     """
@@ -193,11 +194,11 @@ def in_order(
             continue
         results = zip(numbers, run(bucket, numbers), strict=True)
         waiting |= {i: result for i, result in results if i >= start}
-        ready = []
+        ready, n_made = [], sum(i >= start for i in numbers)
         while after in waiting:
             ready.append(waiting.pop(after))
             after += 1
-        yield ready
+        yield ready, n_made
 
 
 def padded(ids: Sequence[Sequence[int]], width: int, *, left: bool):

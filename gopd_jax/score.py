@@ -47,7 +47,7 @@ def score_rows(
     _check(model, temperature, batch, head_chunk)
     found, _ = _read(model, data, raw_prompt, append_eos)
     done = _scored(model, found, 0, temperature, batch, head_chunk)
-    return [row for some, _ in done for row in some]
+    return [row for some, _, _ in done for row in some]
 
 
 def write(
@@ -99,8 +99,8 @@ def _read(model, data, raw_prompt, append_eos) -> tuple[list[rows.Row], str]:
 
 def _scored(
     model: command.Model, found: Sequence[rows.Row], start, temperature, batch, head_chunk
-) -> Iterator[tuple[list[dict], int]]:
-    """(rows of the output from number `start` on, tokens of the batch), batch by batch."""
+) -> Iterator[tuple[list[dict], int, int]]:
+    """As rows.in_order gives them, from number `start` on, and the tokens of each batch."""
     shards = sharding.n_row_shards(model.mesh)
     planned = rows.batches(
         [row.length for row in found],
@@ -118,8 +118,8 @@ def _scored(
         logp_BT = logps(sharding.to_global(model.mesh, _rollout(filled, bucket)))
         return [_result(i, found[i], logp_T) for i, logp_T in zip(numbers, logp_BT)]
 
-    for some in rows.in_order(planned, run, start):
-        yield some, n_tokens
+    for some, n_made in rows.in_order(planned, run, start):
+        yield some, n_made, n_tokens
 
 
 def _program(model: command.Model, temperature: float, head_chunk: int) -> Callable:

@@ -56,8 +56,9 @@ def test_a_batch_always_holds_the_first_row_that_is_not_done():
         return [{"i": i} for i in numbers]
 
     for start in (0, 1, 37, 100):
-        some = [row["i"] for part in rows.in_order(planned, run, start) for row in part]
-        assert some == list(range(start, 100))
+        parts = list(rows.in_order(planned, run, start))
+        assert [row["i"] for part, _ in parts for row in part] == list(range(start, 100))
+        assert sum(n_made for _, n_made in parts) == 100 - start
 
 
 def options(**changes):
