@@ -1,13 +1,11 @@
-"""Rows of a batch taken apart and put together again, inside a jit: by teacher, by microbatch.
-
-And the frozen models that see them, from host memory where that is where they lie.
-"""
+"""Inside a jit: rows by teacher and by microbatch, and weights where and as they are wanted."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from gopd_jax import sharding
+from gopd_jax.models.params import logical_axes
 
 
 def resident(params, after=None):
@@ -25,6 +23,19 @@ def resident(params, after=None):
 
 def _on_host(x) -> bool:
     return jax.typeof(x).memory_space == jax.memory.Space.Host
+
+
+def decode_copy(mesh, decoder, params):
+    """The weights in decode layout and dtype, gathered once for a whole rollout."""
+    axes = sharding.shardings(mesh, logical_axes(decoder.cfg), sharding.DECODE)
+
+    def gather(path, x, layout):
+        # Norms and routers act in float32; rounding them would part the sampler from the scorer.
+        is_exact = any(name in jax.tree_util.keystr(path) for name in ("norm", "router"))
+        x = x if is_exact else x.astype(decoder.dtype)
+        return jax.lax.with_sharding_constraint(x, layout)
+
+    return jax.tree_util.tree_map_with_path(gather, params, axes)
 
 
 def by_teacher(function, rows, *, mesh, routes, group_rows):

@@ -241,7 +241,8 @@ def _figures(row: dict[str, float], timing: dict[str, float]) -> str:
 class Progress:
     """A live bar of a run's steps on a terminal; elsewhere a plain line every `period` seconds.
 
-    total, start: the last step, and the step that the run continues from. Output goes to stderr.
+    total, start: the last step, and the step that the run continues from. unit: what a step is
+    called there. Output goes to stderr.
     """
 
     def __init__(
@@ -250,10 +251,12 @@ class Progress:
         start: int = 0,
         enabled: bool = True,
         *,
+        unit: str = "step",
         console: Console | None = None,
         period: float = 5.0,
         clock=time.monotonic,
     ):
+        self._unit = unit
         self._total, self._step, self._enabled = total, start, enabled
         self._console = console or Console(stderr=True)
         self._live = enabled and self._console.is_terminal and not self._console.is_dumb_terminal
@@ -287,7 +290,7 @@ class Progress:
             self._rich.update(self._task, completed=step, text=text)
         elif now - self._printed >= self._period or step == self._total:
             self._printed = now
-            self.note(f"step {step}/{self._total}  {text}")
+            self.note(f"{self._unit} {step}/{self._total}  {text}")
 
     def note(self, text: str) -> None:
         """Print a line above the bar."""

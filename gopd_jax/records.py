@@ -108,7 +108,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _given(value: dict) -> dict:
+def given(value: dict) -> dict:
     """A table has every key in every row: a null is a key that the row has not."""
     return {key: item for key, item in value.items() if item is not None}
 
@@ -119,7 +119,7 @@ def _get(row: dict, path: str) -> str:
     for key in path.split("."):
         if not isinstance(value, dict) or value.get(key) is None:
             is_object = isinstance(value, dict)
-            has = f"has {sorted(_given(value))}" if is_object else f"is {value!r:.40}"
+            has = f"has {sorted(given(value))}" if is_object else f"is {value!r:.40}"
             raise ValueError(f"{where or 'the row'} has no {key!r}; it {has}")
         value, where = value[key], f"{where}.{key}".lstrip(".")
     if not isinstance(value, str):
@@ -130,7 +130,7 @@ def _get(row: dict, path: str) -> str:
 
 
 def _is_verl(row: dict) -> bool:
-    return "reward_model" in _given(row)
+    return "reward_model" in given(row)
 
 
 def task_of(row: dict) -> str:
@@ -152,12 +152,12 @@ def record(row: dict, where: str) -> Record:
         answer, verifier = _get(row, "answer"), _get(row, "verifier")
         _check_verifier(verifier)
     return Record(
-        messages=_messages(row),
+        messages=messages_of(row),
         task=task,
         answer=answer,
         verifier=verifier,
         source=where,
-        **{k: _get(row, k) for k in ("completion", "context") if k in _given(row)},
+        **{k: _get(row, k) for k in ("completion", "context") if k in given(row)},
     )
 
 
@@ -166,13 +166,16 @@ def _check_verifier(verifier: str) -> None:
     resolve(verifier, VERIFIERS)
 
 
-def _messages(row: dict) -> tuple[dict[str, str], ...]:
-    """Chat turns from "messages" (a list, or its JSON) or "prompt" (a list, or the user's text)."""
-    given = _given(row)
-    if ("messages" in given) == ("prompt" in given):
-        raise ValueError(f"needs one of 'messages' and 'prompt'; it has {sorted(given)}")
-    key = "messages" if "messages" in given else "prompt"
-    turns = given[key]
+def messages_of(row: dict) -> tuple[dict[str, str], ...]:
+    """Chat turns from "messages" (a list, or its JSON) or "prompt" (a list, or the user's text).
+
+    ValueError says what is wrong.
+    """
+    has = given(row)
+    if ("messages" in has) == ("prompt" in has):
+        raise ValueError(f"needs one of 'messages' and 'prompt'; it has {sorted(has)}")
+    key = "messages" if "messages" in has else "prompt"
+    turns = has[key]
     if isinstance(turns, str) and key == "prompt":
         turns = [{"role": "user", "content": turns}]
     elif isinstance(turns, str):
@@ -189,7 +192,7 @@ def _messages(row: dict) -> tuple[dict[str, str], ...]:
     for i, turn in enumerate(turns):
         if not isinstance(turn, dict):
             raise ValueError(f"{key}[{i}] is {type(turn).__name__}, not role and content")
-        turn = _given(turn)
+        turn = given(turn)
         for name in {"role": None, "content": None} | turn:
             if not isinstance(turn.get(name), str):
                 raise ValueError(f"{key}[{i}] has no text under {name!r}: {turn!r:.60}")

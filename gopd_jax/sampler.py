@@ -18,14 +18,17 @@ def generate(
     eos_ids: tuple[int, ...],
     n_vocab: int,
     greedy: bool = False,
+    top_p: float | None = None,
 ) -> Rollout:
-    """Sample one completion for each prompt, from the whole vocabulary at `temperature`.
+    """Sample one completion for each prompt at `temperature`, from the whole vocabulary.
 
     prompts: types.Prompts of arrays, tokens_BP left-padded. A row ends with the first of eos_ids,
     which is part of the completion and of the mask, or at completion_length tokens (ended_B False).
     The draw at position t of row b is a function of (key, row_B[b], t) alone: batch, order and
     mesh do not change it. Ids from n_vocab on are padding of the embedding table and cannot be
     drawn. greedy takes the likeliest token and reports its log-prob at `temperature`.
+    top_p, of (0, 1], draws from each position's `nucleus` instead; log-probs stay those of the
+    whole distribution, so that they are the scorer's. Training leaves it None.
     """
     n_rows, n_prompt = prompts.tokens_BP.shape
     length = n_prompt + completion_length
@@ -40,7 +43,8 @@ def generate(
             token_B = jnp.argmax(logp_BV, -1)
         else:
             draw_keys_B = jax.vmap(lambda k: jax.random.fold_in(k, t))(keys_B)
-            token_B = jax.vmap(jax.random.categorical)(draw_keys_B, logp_BV)
+            drawn_BV = logp_BV if top_p is None else nucleus(logp_BV, top_p)
+            token_B = jax.vmap(jax.random.categorical)(draw_keys_B, drawn_BV)
         token_B = token_B.astype(jnp.int32)
         return token_B, pick(logp_BV, token_B)
 
@@ -91,6 +95,25 @@ def assemble(prompts, tokens_BC, mask_BC, logp_BC, ended_B) -> Rollout:
         teacher=prompts.teacher,
         reference=prompts.reference,
     )
+
+
+def nucleus(logp_xV, top_p: float):
+    """logp_xV of the fewest likeliest ids whose probabilities reach top_p, -inf elsewhere.
+
+    Not normalised anew, which a draw does not need. The likeliest id always stays; of equal ones
+    the lower id is the likelier. https://arxiv.org/abs/1904.09751
+    """
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p}; it is above 0 and at most 1, None truncates nothing")
+    if top_p == 1:
+        return logp_xV  # a sum in float32 can reach 1 before the last ids, which would then go
+    order_xV = jnp.argsort(-logp_xV, axis=-1, stable=True)
+    sorted_xV = jnp.exp(jnp.take_along_axis(logp_xV, order_xV, -1))
+    # An id stays if those before it have not reached top_p yet: the one that crosses it is in.
+    before_xV = jnp.cumsum(sorted_xV, -1) - sorted_xV
+    kept_xV = (before_xV < top_p).at[..., 0].set(True)
+    rank_xV = jnp.argsort(order_xV, axis=-1)
+    return jnp.where(jnp.take_along_axis(kept_xV, rank_xV, -1), logp_xV, -jnp.inf)
 
 
 def pick(values_xV, ids_x):

@@ -303,20 +303,12 @@ def _sample(recipe, decoder, params, prompts, key, view=None, greedy=False):
     view: the prompts as the model reads them, where that is not as the student does; the rollout
     is that of the student's prompts all the same.
     """
-    axes = sharding.shardings(recipe.mesh, logical_axes(decoder.cfg), sharding.DECODE)
-
-    def gather(path, x, layout):
-        # Norm weights act in float32; rounding them would part the sampler from the scorer.
-        is_norm = "norm" in jax.tree_util.keystr(path)
-        x = x if is_norm else x.astype(decoder.dtype)
-        return jax.lax.with_sharding_constraint(x, layout)
-
     seen = prompts
     if view is not None:
         seen = prompts.replace(tokens_BP=view.tokens_BP, valid_BP=view.valid_BP)
     rollout = sampler.generate(
         decoder,
-        jax.tree_util.tree_map_with_path(gather, params, axes),
+        batching.decode_copy(recipe.mesh, decoder, params),
         seen,
         key,
         completion_length=recipe.completion_length,

@@ -13,13 +13,22 @@ LAYERS = (
     ("objectives", "verifiers", "microworld"),
     ("config", "problems", "sharding", "microworld.preset"),
     ("models",),
-    ("sampler", "scoring", "records", "reader", "data", "checkpoint"),
+    ("sampler", "scoring", "records", "reader", "data", "rows", "checkpoint"),
     ("batching", "optimizer"),
     ("step", "evaluate", "metrics", "signals"),
     ("setup",),
     ("probe", "preflight"),
     ("train",),
-    ("main", "report", "plots", "expo", *(f"microworld.{n}" for n in ("make", "cells", "compare"))),
+    (
+        "main",
+        "score",
+        "generate",
+        "command",
+        "report",
+        "plots",
+        "expo",
+        *(f"microworld.{n}" for n in ("make", "cells", "compare")),
+    ),
 )
 LAYER = {name: i for i, names in enumerate(LAYERS) for name in names}
 # The embedded world is one source of data among others: only these may know it.

@@ -13,9 +13,11 @@ from absl import flags
 from ml_collections import config_flags
 
 import gopd_jax.main  # noqa: F401  its flags are defined on import
+from gopd_jax import generate, score
 from gopd_jax.config import Config
 from gopd_jax.records import plain, record
 
+ROWS = {"gopd_jax.score": score, "gopd_jax.generate": generate}  # commands with absl's flags
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 
@@ -85,13 +87,27 @@ def test_settings_and_presets_in_its_text_are_accepted(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", sorted({words[2] for words in commands()} - {"gopd_jax.main", "pytest"})
+    "name", sorted({words[2] for words in commands()} - {"gopd_jax.main", "pytest", *ROWS})
 )
 def test_flags_of_the_other_programs_are_theirs(name):
     source = Path(importlib.util.find_spec(name).origin).read_text()
     given = {re.match(r"--\w+", word)[0] for words in of_module(name) for word in words}
     assert given
     assert [flag for flag in given if f'"{flag}"' not in source] == []
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_flags_of_the_commands_on_rows_are_theirs(name):
+    section = README.split("## Two small commands")[1].split("\n## ")[0]
+    defined = ROWS[name].define_flags()
+    given = of_module(name)
+    assert given
+    for words in given:
+        assert defined([name, *words]) == [name]
+        assert all(defined[flag].value for flag in ("model", "data", "out"))
+    everything = score.define_flags(), generate.define_flags()
+    for flag in re.findall(r"`--([\w.]+)", section):
+        assert any(flag in values for values in everything), flag
 
 
 def test_the_table_has_every_preset_and_the_words_it_takes(monkeypatch):
