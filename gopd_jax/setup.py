@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 
 from gopd_jax import config as settings
-from gopd_jax import data, sharding, step
+from gopd_jax import data, hub, metrics, sharding, step
 from gopd_jax.evaluate import held_out
 from gopd_jax.models import hf
 from gopd_jax.models import params as lm_params
@@ -18,13 +18,15 @@ from gopd_jax.problems import roles as loaded_roles
 from gopd_jax.verifiers import verify
 
 TOO_LONG = "x" * 70_000
+SLOW_BYTES = 2**29  # float32 parameters that take a second or so to load: a bar shows how far it is
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Role:
     """One model of the run, as it was loaded."""
 
-    path: str
+    path: str  # as it was given, or ORG/NAME@COMMIT of the Hugging Face hub
+    directory: Path
     digest: str  # of its weights and config.json
     decoder: Decoder
     params: dict
@@ -147,15 +149,17 @@ def _load_roles(models: dict[str, settings.Model], mesh, c, problems) -> dict[st
     loaded: dict[tuple, Role | None] = {}
     roles = {}
     for name, model in models.items():
-        key = (str(Path(model.path).resolve()), model.dtype)
+        if (at := _try(problems, hub.locate, model.path, says=f"{name}: ")) is None:
+            continue
+        key = (at.directory.resolve(), model.dtype)
         if key not in loaded:
-            loaded[key] = _try(problems, _load, name, model, mesh, c, says=f"{name}: ")
+            loaded[key] = _try(problems, _load, name, model, at, mesh, c, says=f"{name}: ")
         roles[name] = loaded[key]
     return roles
 
 
-def _load(name: str, model: settings.Model, mesh, c: settings.Config) -> Role:
-    cfg = hf.load_config(model.path)
+def _load(name: str, model: settings.Model, at: hub.Located, mesh, c: settings.Config) -> Role:
+    cfg = hf.load_config(at.directory)
     axes = lm_params.logical_axes(cfg)
     problems = sharding.mesh_problems(mesh, lm_params.abstract_params(cfg), axes, role=name)
     length = c.data.prompt_length + c.sampling.completion_length
@@ -164,7 +168,7 @@ def _load(name: str, model: settings.Model, mesh, c: settings.Config) -> Role:
             f"data.prompt_length + sampling.completion_length = {length} tokens, and {model.path} "
             f"has max_position_embeddings = {cfg.max_position_embeddings}; shorten one"
         )
-    chat = tokenizers.load(model.path)
+    chat = tokenizers.load(at.directory)
     if chat.vocab_size > cfg.vocab_size:
         problems.append(
             f"{model.path}: the tokenizer has {chat.vocab_size} ids and the embedding "
@@ -172,11 +176,19 @@ def _load(name: str, model: settings.Model, mesh, c: settings.Config) -> Role:
         )
     if problems:
         raise ValueError("; ".join(problems))
+    n_bytes = sum(4 * x.size for x in jax.tree.leaves(lm_params.abstract_params(cfg)))
+    shown = jax.process_index() == 0 and n_bytes > SLOW_BYTES
     return Role(
-        path=model.path,
-        digest=hf.weights_digest(model.path),
+        path=at.name,
+        directory=at.directory,
+        digest=hf.weights_digest(at.directory),
         decoder=Decoder(cfg, dtype=model.dtype),
-        params=hf.load_params(model.path, cfg, shardings=sharding.shardings(mesh, axes)),
+        params=hf.load_params(
+            at.directory,
+            cfg,
+            shardings=sharding.shardings(mesh, axes),
+            progress=lambda work: metrics.bar(work, f"loading {name}", shown),
+        ),
         tokenizer=chat,
     )
 

@@ -14,9 +14,8 @@ from safetensors.numpy import load_file, save_file
 
 from gopd_jax import sharding
 from gopd_jax.models import decoder as lm
-from gopd_jax.models import hf
+from gopd_jax.models import hf, safetensors_out
 from gopd_jax.models import params as lm_params
-from gopd_jax.models import safetensors_out
 from gopd_jax.models.params import Llama3Rope, ModelConfig
 from gopd_jax.models.safetensors_in import read
 
