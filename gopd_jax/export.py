@@ -41,10 +41,10 @@ def export(
     if out.resolve() == workdir.resolve() or workdir.resolve().is_relative_to(out.resolve()):
         raise ValueError(f"--out={out} would replace the run itself; give another directory")
     steps = checkpoint.steps(workdir)
-    if not steps or step not in (None, *steps):
-        raise ValueError(
-            f"{workdir} has checkpoints of steps {steps}, not {step}; choose from them"
-        )
+    if not steps:
+        raise ValueError(f"{workdir} has no checkpoint yet; let its run reach one")
+    if step not in (None, *steps):
+        raise ValueError(f"{workdir} has checkpoints of the steps {steps}, not of {step}; give one")
     step = steps[-1] if step is None else step
     shapes = lm_params.abstract_params(hf.load_config(source))
     params = checkpoint.restore_params(workdir, step, shapes)

@@ -86,14 +86,10 @@ def load_params(
     arrays: dict[str, jax.Array] = {}
     for row, run, into, where in (progress or iter)(work):
         piece = safetensors_in.piece(stored, row, cfg, run, into, where, path)
-        if piece.shape == row.shape(cfg):
-            arrays[row.path] = piece
-            continue
-        if run.start == 0:
-            arrays[row.path] = safetensors_in.empty(row.shape(cfg), into, where)
-        arrays[row.path] = safetensors_in.put(arrays[row.path], piece, run.start)
-        # Else the host would read ahead of the devices, and hold what they have not taken yet.
-        arrays[row.path].block_until_ready()
+        if piece.shape != row.shape(cfg):
+            stack = arrays.pop(row.path, None)
+            piece = safetensors_in.put(stack, piece, run.start, row.shape(cfg), where)
+        arrays[row.path] = piece
     return lm_params.tree(cfg, lambda row: arrays[row.path])
 
 

@@ -310,14 +310,23 @@ def piece(stored, row: Param, cfg: ModelConfig, run: slice, dtype, sharding, whe
     return jax.make_array_from_callback(shape, sharding, block)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def empty(shape: tuple[int, ...], dtype: np.dtype, sharding) -> jax.Array:
-    """Zeros under a sharding; None leaves them uncommitted on the default device."""
-    zeros = jnp.zeros(shape, dtype)
-    return zeros if sharding is None else jax.lax.with_sharding_constraint(zeros, sharding)
+def put(stack: jax.Array | None, piece: jax.Array, start: int, shape, sharding) -> jax.Array:
+    """The stack of `shape` with a piece at `start` of its first axis, in the stack's own memory.
+
+    stack: None makes one. sharding: of stack and piece; None leaves the stack uncommitted.
+    """
+    new, update = _stacking(sharding)
+    stack = new(tuple(shape), piece.dtype) if stack is None else stack
+    # Else the host would read ahead of the devices, and hold what they have not taken yet.
+    return update(stack, piece, start, 0).block_until_ready()
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def put(stack, piece, start):
-    """The stack with a piece at `start` of its first axis, in the stack's own memory."""
-    return jax.lax.dynamic_update_slice_in_dim(stack, piece, start, 0)
+@functools.cache
+def _stacking(sharding):
+    """Jitted: an empty stack; a stack with a piece put in."""
+    # Named, because the compiler's own choice is equal to it in effect alone.
+    options = {} if sharding is None else {"out_shardings": sharding}
+    return (
+        jax.jit(jnp.zeros, static_argnums=(0, 1), **options),
+        jax.jit(jax.lax.dynamic_update_slice_in_dim, static_argnums=3, donate_argnums=0, **options),
+    )
