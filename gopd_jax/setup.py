@@ -187,6 +187,8 @@ def _load(name: str, model: settings.Model, at: hub.Located, mesh, c: settings.C
             at.directory,
             cfg,
             shardings=sharding.shardings(mesh, axes),
+            # Only what is trained needs more bits than the file has: use casts in any case.
+            dtype="float32" if name == "student" else "stored",
             progress=lambda work: metrics.bar(work, f"loading {name}", shown),
         ),
         tokenizer=chat,

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 from test_hf import MODELS, random_params
 
 from gopd_jax import metrics, setup, sharding
+from gopd_jax.models import decoder as lm
 from gopd_jax.models import hf, safetensors_in
 from gopd_jax.models import params as lm_params
 
@@ -199,6 +200,32 @@ def test_a_slice_of_a_tensor_is_read_without_the_rest_of_it(tmp_path):
         tracemalloc.stop()
     assert rows.nbytes == columns.nbytes == 2**20
     assert peak < 2.2 * 2**20
+
+
+def test_frozen_models_stay_as_they_are_stored_and_give_the_same_numbers(tmp_path):
+    tiny.build(tmp_path)
+    for name in ("base", "teacher_math"):
+        params = hf.load_params(tmp_path / name, tiny.CFG)
+        words = tmp_path / "tokenizer"
+        hf.save(tmp_path / name, tiny.CFG, params, dtype="bfloat16", tokenizer_dir=words)
+    roles = setup.prepare(tiny.config(tmp_path)).roles
+    assert roles["reference"] is roles["student"]
+    for name, dtype in (
+        ("student", "float32"),
+        ("teacher:math", "bfloat16"),
+        ("teacher:code", "float32"),
+    ):
+        assert {x.dtype for x in jax.tree.leaves(roles[name].params)} == {np.dtype(dtype)}
+
+    teacher, tokens_BL = roles["teacher:math"], np.arange(24).reshape(2, 12)
+
+    @jax.jit
+    def logits(params):
+        hidden_BLD = lm.hidden(teacher.decoder, params, tokens_BL, tokens_BL >= 0)
+        return lm.logits(teacher.decoder, params, hidden_BLD)
+
+    whole = jax.tree.map(lambda x: x.astype(np.float32), teacher.params)
+    np.testing.assert_array_equal(logits(teacher.params), logits(whole))
 
 
 def test_a_bar_is_shown_for_models_that_take_a_while_on_process_0(tmp_path, monkeypatch):
