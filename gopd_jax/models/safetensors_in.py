@@ -236,7 +236,7 @@ def _weight_map(directory: Path) -> dict[str, str] | None:
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{file} has no weight_map; copy it again")
     names = {name for name in weight_map.values() if isinstance(name, str)}
-    odd = [n for n in weight_map.values() if n not in names or Path(n).name != n]
+    odd = [n for n in weight_map.values() if not isinstance(n, str) or Path(n).name != n]
     if odd := odd + [name for name in names if not name.endswith(".safetensors")]:
         raise ValueError(
             f"{file} names the file {odd[0]!r}; only *.safetensors beside the index are read: copy "
@@ -299,15 +299,8 @@ def piece(stored, row: Param, cfg: ModelConfig, run: slice, dtype, sharding, whe
 
     if sharding is None:
         return jnp.asarray(block_at((run, *(slice(None),) * (len(shape) - 1))))
-    blocks: dict[str, np.ndarray] = {}
-
-    def block(index):
-        if str(index) not in blocks:
-            blocks[str(index)] = block_at(index)
-        return blocks[str(index)]
-
-    shape = (run.stop - run.start, *shape[1:])
-    return jax.make_array_from_callback(shape, sharding, block)
+    # Asks once for a block that several devices hold.
+    return jax.make_array_from_callback((run.stop - run.start, *shape[1:]), sharding, block_at)
 
 
 def put(stack: jax.Array | None, piece: jax.Array, start: int, shape, sharding) -> jax.Array:
