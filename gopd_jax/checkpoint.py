@@ -49,6 +49,31 @@ def restore(workdir, like, identity: dict[str, str]):
     return state
 
 
+def restore_params(workdir, step: int, shapes):
+    """The parameters alone of a checkpoint, as NumPy arrays on the host. Writes nothing.
+
+    shapes: a tree of ShapeDtypeStructs. Needs no device that holds the model, and does not read the
+    optimizer's state. ValueError where the checkpoint is damaged or of another model.
+    """
+    path = _directory(workdir) / str(step)
+    how = ocp.args.PyTreeRestore(
+        item={"params": shapes},
+        restore_args={
+            "params": jax.tree.map(
+                lambda x: ocp.RestoreArgs(restore_type=np.ndarray, dtype=x.dtype), shapes
+            )
+        },
+        partial_restore=True,
+    )
+    params = _read(path, "state", how)["params"]
+    sums = _read(path, "checksums", ocp.args.JsonRestore())
+    for keys, array in jax.tree_util.tree_leaves_with_path(params):
+        # The paths of `checksums` are those of a TrainState; one array at a time is on the device.
+        if sums.get(name := f".params{jax.tree_util.keystr(keys)}") != _checksum(array):
+            raise _damaged(path, f"not what was saved is {name}")
+    return params
+
+
 def newest_step(workdir) -> int | None:
     """The step of the newest complete checkpoint, or None. ValueError where processes disagree."""
     steps = _steps(_directory(workdir))
@@ -61,6 +86,11 @@ def newest_step(workdir) -> int | None:
                 "none); give a --config.workdir on storage that all of them share"
             )
     return steps[-1] if steps else None
+
+
+def steps(workdir) -> list[int]:
+    """Steps of the complete checkpoints in a workdir, oldest first."""
+    return _steps(_directory(workdir))
 
 
 def save(manager: ocp.CheckpointManager, step: int, state, identity: dict[str, str]) -> None:
@@ -103,6 +133,10 @@ def _checksums(arrays):
         return jnp.sum(words * (2 * place + 1), dtype=jnp.uint32)
 
     return jnp.stack([one(x) for x in arrays])
+
+
+def _checksum(array) -> int:
+    return int(_checksums([array])[0])
 
 
 def differences(saved: dict[str, str], now: dict[str, str]) -> list[str]:

@@ -18,7 +18,7 @@ from gopd_jax import problems
 
 @dataclass(slots=True, kw_only=True)
 class Model:
-    """One model: a Hugging Face directory."""
+    """One model: a Hugging Face directory, or ORG/NAME or ORG/NAME@REVISION of the hub."""
 
     path: str | None = None  # of config.json, *.safetensors, tokenizer.json; None: not given yet
     dtype: str = "float32"  # of the computation; logits and log-probs are float32 in any case

@@ -26,7 +26,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from gopd_jax import batching, command, rows, sampler, sharding, 
+from gopd_jax import batching, command, rows, sampler, sharding
 from gopd_jax.types import Prompts
 
 

@@ -13,6 +13,7 @@ import typing
 from collections.abc import Iterator
 from pathlib import Path
 
+from gopd_jax import hub
 from gopd_jax.objectives.advantages import ADVANTAGES
 from gopd_jax.objectives.losses import LOSSES
 from gopd_jax.objectives.objective import objective_problems
@@ -241,14 +242,10 @@ def _models(c) -> Iterator[str]:
         flag = f"--config.{role}.path=DIR"
         if model.path is None:
             yield f"{role}.path is not set; give the directory of a Hugging Face checkpoint: {flag}"
-        elif not (Path(model.path) / "config.json").is_file():
-            hint = ""
-            if re.fullmatch(r"[\w.-]+/[\w.-]+", model.path) and not Path(model.path).exists():
-                hint = f"; a model on the Hugging Face hub comes with: hf download {model.path}"
-                hint += " --local-dir DIR"
+        elif not (Path(model.path) / "config.json").is_file() and not hub.parse(model.path):
             yield (
                 f"{role}.path is {model.path!r}, which has no config.json; give the directory of a "
-                f"Hugging Face checkpoint: {flag}{hint}"
+                f"Hugging Face checkpoint, or ORG/NAME@REVISION of the hub: {flag}"
             )
 
 

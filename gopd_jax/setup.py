@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 
 from gopd_jax import config as settings
-from gopd_jax import data, sharding, step
+from gopd_jax import data, hub, metrics, sharding, step
 from gopd_jax.evaluate import held_out
 from gopd_jax.models import hf, lora
 from gopd_jax.models import params as lm_params
@@ -22,13 +22,15 @@ from gopd_jax.reader import Reader, find_context, template_options
 from gopd_jax.verifiers import verify
 
 TOO_LONG = "x" * 70_000
+SLOW_BYTES = 2**29  # float32 parameters that take a second or so to load: a bar shows how far it is
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Role:
     """One model of the run, as it was loaded."""
 
-    path: str
+    path: str  # as it was given, or ORG/NAME@COMMIT of the Hugging Face hub
+    directory: Path
     digest: str  # of its weights and config.json
     decoder: Decoder
     params: dict | None  # None of a teacher that follows the student
@@ -162,9 +164,13 @@ def _load_roles(models: dict[str, settings.Model], mesh, c, problems) -> dict[st
         (_length(m, c) for n, m in models.items() if n.startswith("teacher:")), default=None
     )
     for name, model in models.items():
-        key = (str(Path(model.path).resolve()), model.placement)
+        if (at := _try(problems, hub.locate, model.path, says=f"{name}: ")) is None:
+            continue
+        # Only what is trained needs more bits than the file has: use casts in any case.
+        dtype = "float32" if name == "student" and c.lora is None else "stored"
+        key = (at.directory.resolve(), model.placement)
         if key not in loaded:
-            loaded[key] = _try(problems, _load, name, model, mesh, c, says=f"{name}: ")
+            loaded[key] = _try(problems, _load, name, model, at, dtype, mesh, c, says=f"{name}: ")
         length = width if name.startswith("teacher:") else _length(model, c)
         reader = _try(problems, _reader, name, model, loaded[key], length, says=f"{name}: ")
         if loaded[key] is None or reader is None:
@@ -178,7 +184,8 @@ def _load_roles(models: dict[str, settings.Model], mesh, c, problems) -> dict[st
                 f"{model.fingerprint!r}; this is another model, or its files have changed"
             )
         roles[name] = Role(
-            path=model.path,
+            path=at.name,
+            directory=at.directory,
             digest=digest,
             decoder=Decoder(cfg, dtype=model.dtype),
             params=params if model.follows is None else None,
@@ -226,9 +233,9 @@ def _length_setting(name: str, model: settings.Model) -> str:
     return f"{name.replace('teacher:', 'teachers.')}.prompt_length" if own else "data.prompt_length"
 
 
-def _load(name: str, model: settings.Model, mesh, c: settings.Config):
+def _load(name: str, model: settings.Model, at: hub.Located, dtype: str, mesh, c: settings.Config):
     """(its ModelConfig, params, digest, tokenizer)."""
-    cfg = hf.load_config(model.path)
+    cfg = hf.load_config(at.directory)
     axes = lm_params.logical_axes(cfg)
     problems = sharding.mesh_problems(mesh, lm_params.abstract_params(cfg), axes, role=name)
     length = _length(model, c) + c.sampling.completion_length
@@ -237,7 +244,7 @@ def _load(name: str, model: settings.Model, mesh, c: settings.Config):
             f"{_length_setting(name, model)} + sampling.completion_length = {length} tokens, and "
             f"{model.path} has max_position_embeddings = {cfg.max_position_embeddings}; shorten one"
         )
-    chat = tokenizers.load(model.path)
+    chat = tokenizers.load(at.directory)
     if chat.vocab_size > cfg.vocab_size:
         problems.append(
             f"{model.path}: the tokenizer has {chat.vocab_size} ids and the embedding "
@@ -248,8 +255,16 @@ def _load(name: str, model: settings.Model, mesh, c: settings.Config):
     where = sharding.shardings(mesh, axes)
     if model.placement == "host":
         where = sharding.on_host(where)
-    digest = hf.weights_digest(model.path)
-    return cfg, hf.load_params(model.path, cfg, shardings=where), digest, chat
+    n_bytes = sum(4 * x.size for x in jax.tree.leaves(lm_params.abstract_params(cfg)))
+    shown = jax.process_index() == 0 and n_bytes > SLOW_BYTES
+    params = hf.load_params(
+        at.directory,
+        cfg,
+        shardings=where,
+        dtype=dtype,
+        progress=lambda work: metrics.bar(work, f"loading {name}", shown),
+    )
+    return cfg, params, hf.weights_digest(at.directory), chat
 
 
 def _check_contract(roles: dict[str, Role]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from gopd_jax import checkpoint, data, metrics, preflight, sharding, step
+from gopd_jax import card, checkpoint, data, metrics, preflight, sharding, step
 from gopd_jax import config as settings
 from gopd_jax.evaluate import completions, evaluate
 from gopd_jax.models import hf, lora
@@ -25,6 +25,7 @@ from gopd_jax.verifiers import verify
 # Randomness is named by what it is for; a number per use keeps the streams apart.
 ROLLOUT_STREAM, EVALUATION_SEED = 0, 1
 EXPORT = "export"  # below the workdir: the trained student in Hugging Face format
+SOURCE = "source"  # below the workdir: config, tokenizer and dtypes of what it started from
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -150,7 +151,7 @@ def finish(begun: Begun) -> Summary:
             progress.note(f"stopping after step {reached}: saving")
             checkpoint.save(manager, reached, state, this.identity)
         manager.wait_until_finished()
-    export = None if signal_of else _export(workdir, this, state)
+    export = None if signal_of else _export(workdir, state)
     return Summary(workdir=workdir, step=reached, stopped_by=signal_of, export=export)
 
 
@@ -200,14 +201,14 @@ def _judge_all(this: Run, judge, state: TrainState, stop, note) -> int | None:
     return None
 
 
-def _export(workdir: Path, this: Run, state: TrainState) -> Path:
-    """Write the student as a Hugging Face directory."""
-    params = sharding.whole(state.params)
+def _export(workdir: Path, state: TrainState) -> Path:
+    """Write the student as a Hugging Face directory; every process helps to gather it."""
+    text = None
     if jax.process_index() == 0:
         for half_written in workdir.glob(f".{EXPORT}.*"):  # by a start that was killed here
             shutil.rmtree(half_written)
-        tokenizer = this.config.student.path
-        hf.save(workdir / EXPORT, this.student.decoder.cfg, params, tokenizer_dir=tokenizer)
+        text = card.text(workdir, int(state.step))
+    hf.export(workdir / EXPORT, state.params, workdir / SOURCE, card=text)
     return workdir / EXPORT
 
 
@@ -312,7 +313,11 @@ def _judge(this: Run, writer: metrics.Writer, progress: metrics.Progress):
 
 
 def _write_run(workdir: Path, this: Run) -> None:
-    """workdir/run.json: what the report and a reader need to know of the run."""
+    """workdir/run.json: what the report and a reader need to know of the run; workdir/source."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    for half_written in workdir.glob(f".{SOURCE}.*"):
+        shutil.rmtree(half_written)
+    hf.keep(this.student.directory, workdir / SOURCE)
     models = {
         name: {
             "path": role.path,
@@ -336,7 +341,6 @@ def _write_run(workdir: Path, this: Run) -> None:
         "models": models,
         "formula": this.recipe.objective.formula,
     }
-    workdir.mkdir(parents=True, exist_ok=True)
-    part = workdir / "run.json.part"
+    part = workdir / f"{card.RUN}.part"
     part.write_text(json.dumps(described, indent=1) + "\n")
-    part.replace(workdir / "run.json")
+    part.replace(workdir / card.RUN)

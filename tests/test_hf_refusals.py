@@ -4,6 +4,7 @@ import json
 import shutil
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -46,9 +47,9 @@ def edit_weights(path, change):
     save_file(tensors, path / hf.WEIGHTS)
 
 
-def cut(path, n_bytes):
-    content = (path / hf.WEIGHTS).read_bytes()
-    (path / hf.WEIGHTS).write_bytes(content[:n_bytes])
+def cut(path, n_bytes, file=hf.WEIGHTS):
+    content = (path / file).read_bytes()
+    (path / file).write_bytes(content[:n_bytes])
 
 
 def pickled(path):
@@ -57,6 +58,39 @@ def pickled(path):
 
 
 NORM = "model.norm.weight"
+SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+
+
+def shard(path, change=None, **halves):
+    """The checkpoint as two files and an index, whose map `change` may falsify."""
+    tensors = load_file(path / hf.WEIGHTS)
+    names = sorted(tensors)
+    parts = dict(zip(SHARDS, (names[:9], names[9:])))
+    for file, part in parts.items():
+        extra = halves.get(file.split("-")[1], {})
+        save_file({name: tensors[name] for name in part} | extra, path / file)
+    index = {name: file for file, part in parts.items() for name in part}
+    if change is not None:
+        change(index)
+    (path / hf.INDEX).write_text(json.dumps({"weight_map": index}))
+    (path / hf.WEIGHTS).unlink()
+
+
+def store_as(path, dtype):
+    """The final norm in a dtype of one byte, which NumPy has not."""
+    edit_weights(path, lambda t: t.update({NORM: t[NORM].astype(np.int8)}))
+    content = (path / hf.WEIGHTS).read_bytes()
+    n = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + n])
+    header[NORM]["dtype"] = dtype
+    text = json.dumps(header).encode()
+    (path / hf.WEIGHTS).write_bytes(len(text).to_bytes(8, "little") + text + content[8 + n :])
+
+
+def spoil(tensors, value, name="model.layers.1.mlp.up_proj.weight"):
+    tensors[name][17, 5] = value
+
+
 DAMAGE = {
     "no directory": (shutil.rmtree, "is not a directory; give one with config.json"),
     "no config": (lambda p: (p / "config.json").unlink(), "has no config.json; copy it"),
@@ -86,6 +120,76 @@ DAMAGE = {
     "quantised": (
         lambda p: edit_weights(p, lambda t: t.update({NORM: t[NORM].astype(np.int8)})),
         "model.norm.weight is stored as I8",
+    ),
+    "8 bits": (
+        lambda p: store_as(p, "F8_E4M3"),
+        r"model.norm.weight is stored as F8_E4M3, not one of .*use the unquantised checkpoint",
+    ),
+    "nan": (
+        lambda p: edit_weights(p, lambda t: spoil(t, np.nan)),
+        "model.layers.1.mlp.up_proj.weight holds values that are NaN or infinite; copy the weights",
+    ),
+    "infinity": (
+        lambda p: edit_weights(p, lambda t: spoil(t, -np.inf)),
+        "model.layers.1.mlp.up_proj.weight holds values that are NaN or infinite",
+    ),
+    "infinity in bfloat16": (
+        lambda p: edit_weights(
+            p, lambda t: t.update({NORM: np.full(32, np.inf, ml_dtypes.bfloat16)})
+        ),
+        "model.norm.weight holds values that are NaN or infinite",
+    ),
+    "nan in float16": (
+        lambda p: edit_weights(p, lambda t: t.update({NORM: np.full(32, np.nan, np.float16)})),
+        "model.norm.weight holds values that are NaN or infinite",
+    ),
+    "truncated shard": (
+        lambda p: (shard(p), cut(p, -1, SHARDS[1])),
+        "00002-of-00002.safetensors is truncated or corrupt.*copy it again",
+    ),
+    "missing shard": (
+        lambda p: (shard(p), (p / SHARDS[1]).unlink()),
+        r"has no \['model-00002-of-00002.safetensors'\]; copy the weights again",
+    ),
+    "no index": (
+        lambda p: (shard(p), (p / hf.INDEX).unlink()),
+        "has neither model.safetensors nor model.safetensors.index.json, which says",
+    ),
+    "index names more": (
+        lambda p: shard(p, lambda index: index.update(extra=SHARDS[0])),
+        r"says that extra is in model-00001-of-00002.safetensors, and no file has it \(1 such",
+    ),
+    "index names another file": (
+        lambda p: shard(p, lambda index: index.update({NORM: SHARDS[0]})),
+        "norm.weight is in model-00001-of-00002.safetensors, and it is in model-00002-of-00002",
+    ),
+    "index names fewer": (
+        lambda p: shard(p, lambda index: index.pop(NORM)),
+        r"the files hold \['model.norm.weight'\], which model.safetensors.index.json does not name",
+    ),
+    "a tensor in two files": (
+        lambda p: shard(p, **{"00001": {NORM: np.ones(32, np.float32)}}),
+        r"00002.safetensors and \['model-00001-.*'\] both hold \['model.norm.weight'\]; copy",
+    ),
+    "index of pickles": (
+        lambda p: shard(p, lambda index: index.update({NORM: "pytorch_model.bin"})),
+        "names the file 'pytorch_model.bin'; only .*safetensors beside the index are read",
+    ),
+    "index of another directory": (
+        lambda p: shard(p, lambda index: index.update({NORM: "../other/model.safetensors"})),
+        "names the file '../other/model.safetensors'; only",
+    ),
+    "two models": (
+        lambda p: (
+            shutil.copy(p / hf.WEIGHTS, p / "x"),
+            shard(p),
+            (p / "x").rename(p / hf.WEIGHTS),
+        ),
+        "has both model.safetensors and model.safetensors.index.json of other files",
+    ),
+    "half an index": (
+        lambda p: (shard(p), (p / hf.INDEX).write_text("[]")),
+        "index.json holds a list, not an object",
     ),
     "another head": (
         lambda p: edit_weights(

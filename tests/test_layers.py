@@ -11,24 +11,16 @@ PACKAGE = Path(__file__).resolve().parents[1] / "gopd_jax"
 LAYERS = (
     ("spec", "types"),
     ("objectives", "verifiers", "microworld"),
-    ("config", "problems", "sharding", "microworld.preset"),
+    ("hub", "config", "problems", "sharding", "microworld.preset"),
     ("models",),
     ("sampler", "scoring", "records", "reader", "data", "rows", "checkpoint"),
     ("batching", "optimizer"),
-    ("step", "evaluate", "metrics", "signals"),
+    ("step", "evaluate", "metrics", "signals", "card"),
     ("setup",),
     ("probe", "preflight"),
     ("train",),
-    (
-        "main",
-        "score",
-        "generate",
-        "command",
-        "report",
-        "plots",
-        "expo",
-        *(f"microworld.{n}" for n in ("make", "cells", "compare")),
-    ),
+    ("main", "score", "generate", "command", "report", "plots", "expo", "export"),
+    ("microworld.make", "microworld.cells", "microworld.compare"),
 )
 LAYER = {name: i for i, names in enumerate(LAYERS) for name in names}
 # The embedded world is one source of data among others: only these may know it.

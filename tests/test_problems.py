@@ -110,7 +110,7 @@ WRONG = {
     "student.path": [
         (None, "student.path is not set; give .*--config.student.path=DIR"),
         ("", "student.path is '', which has no config.json"),
-        ("Qwen/Qwen3-4B", "hf download Qwen/Qwen3-4B --local-dir"),
+        ("gopd_jax/Qwen3-4B", "has no config.json; give .* or ORG/NAME@REVISION of the hub"),
     ],
     "student.dtype": [("float16", r"student.dtype is 'float16'; it is one of \('float32'")],
     "teachers.code": [("/models/code", "teachers.code is '/models/code', a str; it takes Model")],

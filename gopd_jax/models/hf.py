@@ -5,26 +5,27 @@ Nothing is executed on loading: pickled weights (.bin, .pt) are refused.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 import shutil
-import tempfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from gopd_jax.models import params as lm_params
-from gopd_jax.models.params import ModelConfig, Param
+from gopd_jax.models import safetensors_in, safetensors_out
+from gopd_jax.models.params import ModelConfig
+from gopd_jax.models.safetensors_in import INDEX, WEIGHTS, read_json
 from gopd_jax.types import Params
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-FLOATS = ("F32", "BF16", "F16")  # what a tensor may be stored as; float32 holds each exactly
+__all__ = ["INDEX", "WEIGHTS", "export", "keep", "load_config", "load_params", "save"]
+__all__ += ["weights_digest"]
+
+# The dtypes of an export by our names, and in the files' spelling.
+DTYPES = {"bfloat16": "BF16", "float32": "F32"}
+TENSORS = "tensors.json"  # beside a kept config.json: how the source stored each tensor
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -32,90 +33,191 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "generation_config.json",  # its stop tokens belong to the chat template
 )
+# What an export takes over besides, where the source has it; no code and no weights.
+COMPANIONS = (
+    *TOKENIZER_FILES,
+    *("chat_template.json", "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model"),
+    *("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "USE_POLICY.md"),
+)
 
 
 def load_config(path) -> ModelConfig:
     """The model in a checkpoint's directory. ValueError names the file and the cure."""
     file = _directory(path) / "config.json"
-    config = _read_json(file)
+    config = read_json(file)
     try:
         return lm_params.from_hf(config)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
 
 
-def load_params(path, cfg: ModelConfig, *, shardings: Params | None = None) -> Params:
-    """float32 parameters of a checkpoint.
+def load_params(
+    path,
+    cfg: ModelConfig,
+    *,
+    shardings: Params | None = None,
+    dtype: str = "float32",
+    progress: Callable[[list], Iterable] | None = None,
+) -> Params:
+    """Parameters of a checkpoint.
 
     shardings: a tree of NamedSharding as of abstract_params(cfg); each process then reads only the
-    slices that its devices hold. Every name, shape and dtype is checked before anything is read;
-    ValueError names the files and tensors that are missing, left over, misshapen or corrupt.
+    slices that its devices hold. dtype: float32, or stored: each parameter as the files have it
+    (where layers of one parameter differ, the narrowest that holds all of them exactly). progress:
+    gets the list of pieces and returns an iterator over it, which may show how far it is.
+
+    Layers are read a piece at a time into the devices' memory: on the host are at most 256 MiB of
+    one parameter or one tensor of the file, whichever is larger. Every name, shape and dtype is
+    checked before anything is read; ValueError names the files and tensors that are missing, left
+    over, misshapen, corrupt or not finite.
     """
-    with contextlib.ExitStack() as stack:
-        views = _views(_directory(path), stack)
-        _check(views, cfg, path)
+    if dtype not in ("float32", "stored"):
+        raise ValueError(f"dtype is {dtype!r}; it is one of ['float32', 'stored']")
+    directory = _directory(path)
+    stored = safetensors_in.scan(directory)
+    safetensors_in.check(stored, cfg, path)
+    work = []
+    for row in lm_params.table(cfg):
+        into = safetensors_in.dtype_of(row, cfg, stored) if dtype == "stored" else np.dtype(dtype)
+        where = None if shardings is None else lm_params.leaf(shardings, row)
+        for run in safetensors_in.pieces(row, cfg, into, where):
+            work.append((row, run, into, where))
 
-        def load(row: Param):
-            if shardings is None:
-                return jnp.asarray(_read(row, views, cfg, (slice(None),) * len(row.axes)))
-            blocks: dict[str, np.ndarray] = {}  # replicas on several devices are read once
-
-            def block(index):
-                if str(index) not in blocks:
-                    blocks[str(index)] = _read(row, views, cfg, index)
-                return blocks[str(index)]
-
-            sharding = lm_params.leaf(shardings, row)
-            return jax.make_array_from_callback(row.shape(cfg), sharding, block)
-
-        return lm_params.tree(cfg, load)
+    arrays: dict[str, jax.Array] = {}
+    for row, run, into, where in (progress or iter)(work):
+        piece = safetensors_in.piece(stored, row, cfg, run, into, where, path)
+        if piece.shape != row.shape(cfg):
+            stack = arrays.pop(row.path, None)
+            piece = safetensors_in.put(stack, piece, run.start, row.shape(cfg), where)
+        arrays[row.path] = piece
+    return lm_params.tree(cfg, lambda row: arrays[row.path])
 
 
-def save(path, cfg: ModelConfig, params: Params, *, dtype="float32", tokenizer_dir=None) -> None:
-    """Write a checkpoint that transformers' from_pretrained and load_params read.
+def save(
+    path,
+    cfg: ModelConfig,
+    params: Params,
+    *,
+    dtype="float32",
+    tokenizer_dir=None,
+    max_shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Write a new model as a checkpoint that transformers' from_pretrained and load_params read.
 
     dtype: of the stored weights, float32 or bfloat16. tokenizer_dir: where tokenizer.json and its
     companions are copied from. A checkpoint at `path` is replaced, any other directory refused. The
-    directory appears whole or not at all: it is written beside `path` and then renamed.
+    directory appears whole or not at all: it is written beside `path` and then renamed. With
+    several processes all have to call; process 0 writes.
     """
-    if dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"dtype is {dtype!r}; it is one of ['float32', 'bfloat16']")
-    path = Path(path)
-    if path.exists() and not (path / "config.json").is_file() and any(path.iterdir()):
-        raise ValueError(f"{path} exists and is not a checkpoint; choose another path or remove it")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; it is one of {sorted(DTYPES, reverse=True)}")
+    names = [name for row in lm_params.table(cfg) for name in row.hf_names(cfg)]
+    tensors = safetensors_out.tensors(cfg, params, dict.fromkeys(names, DTYPES[dtype]))
     tokenizer = () if tokenizer_dir is None else _tokenizer_files(tokenizer_dir)
-    tensors = _to_tensors(cfg, params, jnp.dtype(dtype))
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as parent:
-        new, old = Path(parent) / "new", Path(parent) / "old"
-        new.mkdir()
+    def fill(new: Path):
         ids = ("bos_token_id", "eos_token_id", "pad_token_id")
         config = lm_params.to_hf(cfg) | {"dtype": dtype, "torch_dtype": dtype}
         _write_json(new / "config.json", config)
         _write_json(new / "generation_config.json", {name: config[name] for name in ids})
-        save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})  # transformers asks for it
         for file in tokenizer:
             shutil.copyfile(file, new / file.name)
-        try:
-            if path.exists():
-                os.rename(path, old)
-            os.rename(new, path)
-        finally:
-            if old.exists() and not path.exists():
-                os.rename(old, path)
+
+    _write(Path(path), tensors, fill, max_shard_bytes)
+
+
+def export(
+    path,
+    params: Params,
+    source,
+    *,
+    dtype: str = "stored",
+    max_shard_bytes: int = 5 * 10**9,
+    card: str | None = None,
+) -> None:
+    """Write a trained model as the checkpoint that it started from, with other weights.
+
+    source: that checkpoint's directory, or what `keep` kept of it. Tensor names, tied weights,
+    config.json, tokenizer, template and generation_config.json are the source's. dtype: stored (of
+    each tensor as in the source), float32 or bfloat16; config.json changes in its dtype alone, and
+    only where the tensors' changes. card: text of README.md. Replaces and appears as in `save`.
+    """
+    if dtype not in ("stored", *DTYPES):
+        raise ValueError(f"dtype is {dtype!r}; it is one of {['stored', *sorted(DTYPES)]}")
+    source, cfg = _directory(source), load_config(source)
+    dtypes = _stored_dtypes(source)
+    changed = dtype != "stored" and set(dtypes.values()) != {DTYPES[dtype]}
+    if changed:
+        dtypes = dict.fromkeys(dtypes, DTYPES[dtype])
+    tensors = safetensors_out.tensors(cfg, params, dtypes)
+
+    def fill(new: Path):
+        for file in _companions(source):
+            shutil.copyfile(file, new / file.name)
+        if changed:
+            config = read_json(source / "config.json")
+            keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
+            config |= dict.fromkeys(keys, dtype)
+            text = json.dumps(config, indent=2, ensure_ascii=False)
+            (new / "config.json").write_text(text + "\n")
+        else:
+            shutil.copyfile(source / "config.json", new / "config.json")
+        if card is not None:
+            (new / "README.md").write_text(card)
+
+    _write(Path(path), tensors, fill, max_shard_bytes)
+
+
+def keep(source, path) -> None:
+    """Copy to `path` all that `export` needs of a checkpoint besides weights.
+
+    An export then needs neither the checkpoint's directory nor that nobody has changed it.
+    """
+    source = _directory(source)
+    with safetensors_out.replaced(Path(path)) as new:
+        for file in (source / "config.json", *_companions(source)):
+            shutil.copyfile(file, new / file.name)
+        _write_json(new / TENSORS, _stored_dtypes(source))
 
 
 def weights_digest(path) -> str:
     """sha256, in hex, over the bytes of config.json and of the safetensors files."""
     directory = _directory(path)
-    files = {directory / "config.json", *_files(directory)}
+    files = {directory / "config.json", *safetensors_in.files(directory)}
     total = hashlib.sha256()
     for file in sorted(files):
         with file.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         total.update(f"{file.name} {digest}\n".encode())
     return total.hexdigest()
+
+
+def _write(path: Path, tensors, fill: Callable[[Path], None], max_shard_bytes: int) -> None:
+    """A directory of the tensors and of what `fill` puts into it, in place of `path`."""
+    if max_shard_bytes <= 0:
+        raise ValueError(f"max_shard_bytes is {max_shard_bytes}; it is positive, 5e9 say")
+    if jax.process_index() != 0:  # takes its part in gathering the tensors
+        safetensors_out.write(path, tensors, max_shard_bytes=max_shard_bytes)
+        return
+    is_checkpoint = (path / "config.json").is_file()
+    if path.exists() and not is_checkpoint and (path.is_file() or any(path.iterdir())):
+        raise ValueError(f"{path} exists and is not a checkpoint; choose another path or remove it")
+    with safetensors_out.replaced(path) as new:
+        fill(new)
+        safetensors_out.write(new, tensors, max_shard_bytes=max_shard_bytes)
+
+
+def _stored_dtypes(source: Path) -> dict[str, str]:
+    """Name -> dtype of each tensor of a checkpoint, or of one that `keep` kept."""
+    if (source / TENSORS).is_file():
+        return read_json(source / TENSORS)
+    stored = safetensors_in.scan(source)
+    safetensors_in.check(stored, load_config(source), source)
+    return {name: tensor.dtype for name, tensor in stored.items()}
+
+
+def _companions(source: Path) -> list[Path]:
+    return [source / name for name in COMPANIONS if (source / name).is_file()]
 
 
 def _directory(path) -> Path:
@@ -130,148 +232,8 @@ def _directory(path) -> Path:
     return directory
 
 
-def _read_json(file: Path) -> dict:
-    try:
-        return json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON ({error}); copy it again") from error
-
-
 def _write_json(file: Path, value: dict) -> None:
     file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
-
-
-def _files(directory: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, the index's where there is one."""
-    if (directory / INDEX).is_file():
-        index = _read_json(directory / INDEX)
-        if not isinstance(index.get("weight_map"), dict):
-            raise ValueError(f"{directory / INDEX} has no weight_map; copy it again")
-        files = [directory / name for name in sorted(set(index["weight_map"].values()))]
-    else:
-        files = [directory / WEIGHTS]
-    if missing := [file.name for file in files if not file.is_file()]:
-        pickled = sorted(
-            f.name for kind in ("*.bin", "*.pt", "*.pth") for f in directory.glob(kind)
-        )
-        if pickled:
-            raise ValueError(
-                f"{directory} has no {missing}, only {pickled}, which are pickles and can run code "
-                "when read; convert them with transformers' save_pretrained"
-            )
-        raise ValueError(f"{directory} has no {missing}; copy the weights again")
-    return files
-
-
-def _views(directory: Path, stack: contextlib.ExitStack) -> dict:
-    """Tensor name -> lazy view of it, open until the stack closes."""
-    views = {}
-    for file in _files(directory):
-        try:
-            handle = stack.enter_context(safe_open(file, framework="numpy"))
-            names = handle.keys()
-            views |= {name: handle.get_slice(name) for name in names}
-        except SafetensorError as error:
-            raise ValueError(f"{file} is truncated or corrupt ({error}); copy it again") from error
-    return views
-
-
-def _check(views: dict, cfg: ModelConfig, path) -> None:
-    """ValueError unless the tensors are exactly those of the model, in shape and dtype."""
-    shapes = {n: row.hf_shape(cfg) for row in lm_params.table(cfg) for n in row.hf_names(cfg)}
-    left_over, missing = views.keys() - shapes.keys(), shapes.keys() - views.keys()
-    if cfg.tie_word_embeddings and "lm_head.weight" in left_over:
-        _check_tied(views, path)
-        left_over -= {"lm_head.weight"}
-    if missing or left_over:
-        raise ValueError(
-            f"{path}: the weights lack {_some(missing)} and have {_some(left_over)} beyond what "
-            f"config.json ({cfg.architecture}, {cfg.num_hidden_layers} layers, "
-            f"tie_word_embeddings = {cfg.tie_word_embeddings}) describes; copy config.json and "
-            "weights from one checkpoint"
-        )
-    for name, shape in shapes.items():
-        found = tuple(views[name].get_shape())
-        if found != shape:
-            raise ValueError(
-                f"{path}: {name} has shape {found} and config.json describes {shape}; copy "
-                "config.json and weights from one checkpoint"
-            )
-        if views[name].get_dtype() not in FLOATS:
-            raise ValueError(
-                f"{path}: {name} is stored as {views[name].get_dtype()}, not one of {FLOATS}; "
-                "use the unquantised checkpoint"
-            )
-
-
-def _check_tied(views: dict, path, n_rows: int = 8192) -> None:
-    """ValueError unless a stored head equals the embedding it is tied to, a block at a time."""
-    embed, head = (views[n] for n in ("model.embed_tokens.weight", "lm_head.weight"))
-    same, n_all = embed.get_shape() == head.get_shape(), embed.get_shape()[0]
-    blocks = [slice(i, min(i + n_rows, n_all)) for i in range(0, n_all, n_rows)]
-    if not same or any(np.any(embed[block] != head[block]) for block in blocks):
-        raise ValueError(
-            f"{path}: config.json ties the head to the embedding and lm_head.weight differs from "
-            "it; set tie_word_embeddings to false, or remove lm_head.weight"
-        )
-
-
-def _some(names, n_shown: int = 4) -> str:
-    names = sorted(names)
-    more = f" and {len(names) - n_shown} more" if len(names) > n_shown else ""
-    return f"{names[:n_shown]}{more}" if names else "nothing"
-
-
-def _read(row: Param, views: dict, cfg: ModelConfig, index: tuple[slice, ...]) -> np.ndarray:
-    """float32 block of our array at `index`, from no more of the files than it needs.
-
-    Of axes that are merged in the file, the first is sliced on reading and the others after it.
-    """
-    sizes = lm_params.axis_sizes(cfg)
-    spans = {axis: s.indices(sizes[axis])[:2] for axis, s in zip(row.axes, index)}
-    block_sizes, cut = dict(sizes), []
-    for group in row.groups:
-        start, stop = spans[group[0]]
-        inner = int(np.prod([sizes[axis] for axis in group[1:]], dtype=np.int64))
-        cut.append(slice(start * inner, stop * inner))
-        block_sizes[group[0]] = stop - start
-    sliced = {group[0] for group in row.groups}
-    rest = tuple(slice(None) if a in sliced else slice(*spans[a]) for a in row.tensor_axes)
-
-    def one(name):
-        return row.from_hf(views[name][tuple(cut)], block_sizes)[rest].astype(np.float32)
-
-    names = np.reshape(row.hf_names(cfg), [sizes[axis] for axis in row.stack])
-    names = names[tuple(slice(*spans[axis]) for axis in row.stack)]
-    tensors = np.stack([one(name) for name in names.flat])
-    return tensors.reshape(*names.shape, *tensors.shape[1:])
-
-
-def _to_tensors(cfg: ModelConfig, params: Params, dtype) -> dict[str, np.ndarray]:
-    """Hugging Face name -> tensor. ValueError unless params are exactly the model's."""
-    rows = lm_params.table(cfg)
-    paths = {
-        "/".join(key.key for key in path) for path, _ in jax.tree_util.tree_leaves_with_path(params)
-    }
-    if left_over := paths - {row.path for row in rows}:
-        raise ValueError(f"params have {_some(left_over)}, which {cfg.architecture} has not")
-    tensors = {}
-    for row in rows:
-        array = lm_params.leaf(params, row)
-        if tuple(array.shape) != row.shape(cfg):
-            raise ValueError(
-                f"params[{row.path!r}] has shape {tuple(array.shape)} and the model's config "
-                f"describes {row.shape(cfg)}; save with the config that the params came with"
-            )
-        if isinstance(array, jax.Array) and not array.is_fully_addressable:
-            raise ValueError(
-                f"params[{row.path!r}] lies on several processes; gather it first with "
-                "jax.experimental.multihost_utils.process_allgather(params, tiled=True)"
-            )
-        host = np.asarray(array)
-        for name, one in zip(row.hf_names(cfg), host.reshape(-1, *host.shape[len(row.stack) :])):
-            tensors[name] = np.ascontiguousarray(row.to_hf(one, cfg).astype(dtype))
-    return tensors
 
 
 def _tokenizer_files(tokenizer_dir) -> list[Path]:
