@@ -7,31 +7,40 @@ those of the checkpoint that the student started from, of which the run keeps wh
 """
 
 import argparse
+import dataclasses
 import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from gopd_jax import card, checkpoint
-from gopd_jax.models import hf
+from gopd_jax import card, checkpoint, hub
+from gopd_jax.models import hf, lora
 from gopd_jax.models import params as lm_params
-from gopd_jax.train import SOURCE
+from gopd_jax.models.params import Lora, ModelConfig
+from gopd_jax.results import SOURCE
 
 GB = 10**9
 
 
 def export(
-    workdir, out, *, dtype: str = "stored", step: int | None = None, max_shard_gb: float = 5.0
+    workdir,
+    out,
+    *,
+    dtype: str = "stored",
+    step: int | None = None,
+    max_shard_gb: float = 5.0,
+    adapter: bool = False,
 ) -> int:
     """Write the student of a run after `step` (None: its newest checkpoint); the step.
 
-    dtype: stored (as in the source checkpoint), float32 or bfloat16. ValueError where the workdir
-    holds no such run or checkpoint, or `out` something that is no checkpoint.
+    dtype: stored (as in the source checkpoint), float32 or bfloat16. adapter: of a run with
+    adapters, these alone, as PEFT keeps them, instead of merged weights. ValueError where the
+    workdir holds no such run or checkpoint, or `out` something that is no checkpoint.
     """
     if not (math.isfinite(max_shard_gb) and max_shard_gb > 0):
         raise ValueError(f"max_shard_gb is {max_shard_gb}; it is a positive number, 5 say")
     workdir, out = Path(workdir), Path(out)
-    card.read_run(workdir)
+    run = card.read_run(workdir)
     source = workdir / SOURCE
     if not source.is_dir():
         raise ValueError(
@@ -46,17 +55,40 @@ def export(
     if step not in (None, *steps):
         raise ValueError(f"{workdir} has checkpoints of the steps {steps}, not of {step}; give one")
     step = steps[-1] if step is None else step
-    shapes = lm_params.abstract_params(hf.load_config(source))
+    cfg, text = hf.load_config(source), card.text(workdir, step)
+    if (adapters := run["config"].get("lora")) is not None:
+        options = {name: adapters[name] for name in ("rank", "alpha", "targets")}
+        cfg = dataclasses.replace(cfg, lora=Lora(**options))
+    elif adapter:
+        raise ValueError(f"{workdir} trained no adapters; leave out --adapter")
+    shapes, _ = lora.split(lm_params.abstract_params(cfg))
     params = checkpoint.restore_params(workdir, step, shapes)
+    if adapter:
+        lora.save_adapter(out, cfg, params, run["models"]["student"]["path"], text)
+        return step
+    if cfg.lora is not None:
+        params = lora.merge(cfg, lora.join(params, _base(run, cfg)))
     hf.export(
         out,
         params,
         source,
         dtype=dtype,
         max_shard_bytes=int(max_shard_gb * GB),
-        card=card.text(workdir, step),
+        card=text,
     )
     return step
+
+
+def _base(run: dict, cfg: ModelConfig):
+    """The weights that a run's adapters were trained beside. ValueError where they have changed."""
+    student = run["models"]["student"]
+    directory = hub.locate(student["path"]).directory
+    if (digest := hf.weights_digest(directory)) != student["digest"]:
+        raise ValueError(
+            f"{directory} has the fingerprint {digest[:12]}, and the adapters were trained beside "
+            f"{student['digest'][:12]}; give the old files back, or export with --adapter"
+        )
+    return hf.load_params(directory, lora.base_config(cfg), dtype="stored")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -73,6 +105,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--step", type=int, help="of the checkpoint; the newest if not given")
     parser.add_argument("--max_shard_gb", type=float, default=5.0, help="10^9 bytes a file")
+    parser.add_argument(
+        "--adapter", action="store_true", help="the LoRA adapters alone, as PEFT keeps them"
+    )
     args = parser.parse_args(argv)
     try:
         step = export(
@@ -81,6 +116,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             dtype=args.dtype,
             step=args.step,
             max_shard_gb=args.max_shard_gb,
+            adapter=args.adapter,
         )
     except ValueError as error:
         print(f"\n{error}", file=sys.stderr)

@@ -2,20 +2,17 @@
 
 import contextlib
 import dataclasses
-import json
 import math
-import shutil
-import time
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from gopd_jax import card, checkpoint, data, metrics, preflight, sharding, step
+from gopd_jax import checkpoint, data, metrics, preflight, results, sharding, step
 from gopd_jax import config as settings
 from gopd_jax.evaluate import completions, evaluate
-from gopd_jax.models import hf, lora
-from gopd_jax.models.params import abstract_params, table
+from gopd_jax.models import lora
+from gopd_jax.models.params import abstract_params
 from gopd_jax.problems import teacher_of
 from gopd_jax.setup import Run, prepare, views
 from gopd_jax.signals import stop_signals
@@ -24,8 +21,6 @@ from gopd_jax.verifiers import verify
 
 # Randomness is named by what it is for; a number per use keeps the streams apart.
 ROLLOUT_STREAM, EVALUATION_SEED = 0, 1
-EXPORT = "export"  # below the workdir: the trained student in Hugging Face format
-SOURCE = "source"  # below the workdir: config, tokenizer and dtypes of what it started from
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,7 +57,7 @@ def run(config: settings.Config) -> Summary:
 def begin(config: settings.Config) -> Begun:
     """Load, check and restore. ValueError with what is wrong; the workdir is only read."""
     this = prepare(config)
-    newest, export = checkpoint.newest_step(config.workdir), Path(config.workdir) / EXPORT
+    newest, export = checkpoint.newest_step(config.workdir), Path(config.workdir) / results.EXPORT
     if newest is None and export.exists():
         raise ValueError(
             f"{config.workdir} holds the results of a finished run, {export}, and no checkpoint to "
@@ -103,7 +98,7 @@ def finish(begun: Begun) -> Summary:
     first, traced = jax.process_index() == 0, _steps(config.profile)
     manager = checkpoint.open_manager(workdir, keep=config.checkpoints.keep)
     if first:
-        _write_run(workdir, this)
+        results.write_run(workdir, this)
     watch, signal_of = metrics.StopWatch(), None
     with (
         stop_signals() as stop,
@@ -139,7 +134,7 @@ def finish(begun: Begun) -> Summary:
             with watch("evaluate"):
                 every = config.evaluation.every
                 if now == config.steps or (every and now % every == 0):
-                    judge("student", this.student.decoder, _whole(this, state), now)
+                    judge("student", this.student.decoder, results.whole(this, state), now)
             timing = watch.lap(row["tokens"])
             writer.write(now, row, timing)
             progress.update(now, row, timing)
@@ -151,7 +146,7 @@ def finish(begun: Begun) -> Summary:
             progress.note(f"stopping after step {reached}: saving")
             checkpoint.save(manager, reached, state, this.identity)
         manager.wait_until_finished()
-    export = None if signal_of else _export(workdir, state)
+    export = None if signal_of else results.export(workdir, this, state)
     return Summary(workdir=workdir, step=reached, stopped_by=signal_of, export=export)
 
 
@@ -168,11 +163,6 @@ def _abstract_state(recipe: step.Recipe) -> TrainState:
     )
 
 
-def _whole(this: Run, state: TrainState):
-    """All of the student's parameters."""
-    return lora.join(state.params, this.frozen.base)
-
-
 def _steps(profile: str | None) -> range:
     """The steps that "10:13" names: 10, 11 and 12."""
     return range(*map(int, profile.split(":"))) if profile else range(0)
@@ -185,11 +175,11 @@ def _judge_all(this: Run, judge, state: TrainState, stop, note) -> int | None:
         if signal_of := stop():
             return signal_of
         follows = this.roles[name].params is None
-        params = _whole(this, state) if follows else this.roles[name].params
+        params = results.whole(this, state) if follows else this.roles[name].params
         found[name] = judge(name, this.roles[name].decoder, params, 0)
     if signal_of := stop():
         return signal_of
-    students = judge("student", this.student.decoder, _whole(this, state), 0)
+    students = judge("student", this.student.decoder, results.whole(this, state), 0)
     for task in this.train.tasks if this.recipe.teachers else ():
         if (name := f"teacher:{teacher_of(this.config, task)}") in found:
             told, own = found[name][task], students[task]
@@ -199,17 +189,6 @@ def _judge_all(this: Run, judge, state: TrainState, stop, note) -> int | None:
                     f"{told['accuracy']:.1%} and {own['accuracy']:.1%}: is it the right teacher?"
                 )
     return None
-
-
-def _export(workdir: Path, state: TrainState) -> Path:
-    """Write the student as a Hugging Face directory; every process helps to gather it."""
-    text = None
-    if jax.process_index() == 0:
-        for half_written in workdir.glob(f".{EXPORT}.*"):  # by a start that was killed here
-            shutil.rmtree(half_written)
-        text = card.text(workdir, int(state.step))
-    hf.export(workdir / EXPORT, state.params, workdir / SOURCE, card=text)
-    return workdir / EXPORT
 
 
 def _advance(this: Run):
@@ -310,37 +289,3 @@ def _judge(this: Run, writer: metrics.Writer, progress: metrics.Progress):
         return {row["task"]: row for row in result.rows}
 
     return judge
-
-
-def _write_run(workdir: Path, this: Run) -> None:
-    """workdir/run.json: what the report and a reader need to know of the run; workdir/source."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    for half_written in workdir.glob(f".{SOURCE}.*"):
-        shutil.rmtree(half_written)
-    hf.keep(this.student.directory, workdir / SOURCE)
-    models = {
-        name: {
-            "path": role.path,
-            "digest": role.digest,
-            "parameters": sum(
-                math.prod(row.shape(role.decoder.cfg)) for row in table(role.decoder.cfg)
-            ),
-        }
-        for name, role in this.roles.items()
-    }
-    described = {
-        "config": settings.to_dict(this.config),
-        "identity": this.identity,
-        "environment": {
-            "jax": jax.__version__,
-            "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-            "processes": jax.process_count(),
-            "mesh": dict(this.mesh.shape),
-            "started": time.strftime("%Y-%m-%d %H:%M:%S"),
-        },
-        "models": models,
-        "formula": this.recipe.objective.formula,
-    }
-    part = workdir / f"{card.RUN}.part"
-    part.write_text(json.dumps(described, indent=1) + "\n")
-    part.replace(workdir / card.RUN)

@@ -17,7 +17,7 @@ LAYERS = (
     ("batching", "optimizer"),
     ("step", "evaluate", "metrics", "signals", "card"),
     ("setup",),
-    ("probe", "preflight"),
+    ("probe", "preflight", "results"),
     ("train",),
     ("main", "score", "generate", "command", "report", "plots", "expo", "export"),
     ("microworld.make", "microworld.cells", "microworld.compare"),

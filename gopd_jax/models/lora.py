@@ -7,12 +7,17 @@ and files come from there. arXiv 2106.09685.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import save_file
 
 from gopd_jax.models.params import ModelConfig, adapted, axis_sizes, leaf, table
+from gopd_jax.models.safetensors_out import replaced
 from gopd_jax.types import Params
 
 
@@ -71,3 +76,31 @@ def merge(cfg: ModelConfig, params: Params) -> Params:
         change = cfg.lora.scale * change.reshape(*a.shape[: 1 + n_in], *b.shape[2:])
         layers[row.name] = (base.astype(jnp.float32) + change).astype(base.dtype)
     return params | {"layers": layers}
+
+
+def save_adapter(path, cfg: ModelConfig, trained: Params, base_model: str, card: str) -> None:
+    """Write adapters as a directory that PEFT's PeftModel.from_pretrained loads over the base.
+
+    trained: what `split` calls so, as arrays that this process has whole. card: text of README.md.
+    """
+    tensors = {}
+    for row in (row for row in table(cfg) if is_adapter(row.path)):
+        for name, one in zip(row.hf_names(cfg), np.asarray(leaf(trained, row))):
+            tensors[name] = np.ascontiguousarray(row.to_hf(one, cfg).astype(np.float32))
+    modules = {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in tensors}
+    described = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "r": cfg.lora.rank,
+        "lora_alpha": cfg.lora.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": sorted(modules),
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    with replaced(Path(path)) as new:
+        (new / "adapter_config.json").write_text(json.dumps(described, indent=2) + "\n")
+        (new / "README.md").write_text(card)
+        save_file(tensors, new / "adapter_model.safetensors", metadata={"format": "pt"})
