@@ -87,7 +87,7 @@ MODELS = {
     "gemma3_text": GEMMA3,
     "gemma3_text, plain rope": replace(GEMMA3, rope_scaling=None, head_dim=8),
 }
-LEFT, N_PROMPT, LENGTH = np.array([0, 2, 5]), 8, 20
+LEFT, N_PROMPT, LENGTH = np.array([0, 2, 5, 3]), 8, 20
 
 
 def random_params(cfg, seed=0):
