@@ -8,6 +8,12 @@ from gopd_jax.models.architectures import ARCHITECTURES, LAYER_TYPES, SCALINGS, 
 from gopd_jax.models.hf_fields import DEFAULTS, IDS, REQUIRED, check_fields
 
 FULL, SLIDING = LAYER_TYPES
+# Gemma3ForCausalLM.from_pretrained of such a directory would warn and give random weights.
+TEXT_OF_GEMMA3 = (
+    "m = Gemma3ForConditionalGeneration.from_pretrained(DIR, dtype='auto'); "
+    "t = Gemma3ForCausalLM(m.config.text_config); "
+    "t.model, t.lm_head = m.model.language_model, m.lm_head; t.save_pretrained(OUT)"
+)
 
 
 def from_hf(config: dict) -> ModelConfig:
@@ -19,8 +25,7 @@ def from_hf(config: dict) -> ModelConfig:
     if kind == "gemma3":
         raise ValueError(
             "model_type 'gemma3' (Gemma3ForConditionalGeneration) reads images too, which is not "
-            "implemented; save its text part with transformers: Gemma3ForCausalLM.from_pretrained("
-            "DIR).save_pretrained(OUT), whose model_type is 'gemma3_text'"
+            f"implemented; save its text part with transformers: {TEXT_OF_GEMMA3}"
         )
     if kind not in ARCHITECTURES:
         raise ValueError(f"model_type {kind!r} is not supported; there are {sorted(ARCHITECTURES)}")
