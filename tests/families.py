@@ -40,8 +40,8 @@ LLAMA = replace(
     tie_word_embeddings=False,
     eos_token_id=2,
 )
-# A context of 8 positions, so that rows of 20 go beyond it; at theta 100 pairs of each kind.
-YARN = YarnRope(factor=4.0, original_max_position_embeddings=8, beta_fast=4.0)
+# A context of 16 positions, so that rows of 20 go beyond it; at theta 10 pairs of each kind.
+YARN = YarnRope(factor=4.0, original_max_position_embeddings=16, beta_fast=2.0)
 QWEN2 = replace(QWEN3, architecture="qwen2", head_dim=8)
 MISTRAL = replace(LLAMA, architecture="mistral", head_dim=12, rope_scaling=None)
 MOE = replace(
@@ -69,12 +69,12 @@ MODELS = {
     "qwen2, sliding": replace(
         QWEN2, num_hidden_layers=3, sliding_window=5, layer_types=(FULL, SLIDING, SLIDING)
     ),
-    "qwen2, yarn": replace(QWEN2, rope_theta=100.0, rope_scaling=YARN, tie_word_embeddings=False),
+    "qwen2, yarn": replace(QWEN2, rope_theta=10.0, rope_scaling=YARN, tie_word_embeddings=False),
     "qwen3": QWEN3,
     "qwen3, untied": replace(QWEN3, tie_word_embeddings=False),
     "qwen3, yarn": replace(
         QWEN3,
-        rope_theta=100.0,
+        rope_theta=10.0,
         rope_scaling=replace(YARN, mscale=2.0, mscale_all_dim=0.5, truncate=False),
     ),
     "qwen3_moe": MOE,
@@ -87,7 +87,7 @@ MODELS = {
     "gemma3_text": GEMMA3,
     "gemma3_text, plain rope": replace(GEMMA3, rope_scaling=None, head_dim=8),
 }
-LEFT, N_PROMPT, LENGTH = np.array([0, 2, 5]), 8, 20
+LEFT, N_PROMPT, LENGTH = np.array([0, 2, 5, 3]), 8, 20
 
 
 def random_params(cfg, seed=0):

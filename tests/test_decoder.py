@@ -13,6 +13,7 @@ from gopd_jax import sharding
 from gopd_jax.models import decoder as lm
 from gopd_jax.models import params as lm_params
 from gopd_jax.models import rope
+from gopd_jax.models.params import LinearRope, Llama3Rope, YarnRope
 
 # Every piece of the mathematics is in one of them.
 EACH = {"qwen3": QWEN3, "llama": LLAMA, "qwen3_moe": MOE, "gemma3_text": GEMMA3}
@@ -78,8 +79,13 @@ def test_where_the_padding_is_and_what_it_holds_change_nothing(cfg):
     assert np.isfinite(left_BLD).all()
     shifted = [jnp.stack([jnp.roll(r, -n) for r, n in zip(x, LEFT)]) for x in batch()]
     right_BLD = hidden(decoder, params, *shifted)
+    # Padding between tokens: windows and rope count tokens, not places in the row.
+    order_BL = np.array([[*range(n, n + 4), *range(n), *range(n + 4, LENGTH)] for n in LEFT])
+    between_BLD = hidden(decoder, params, *(jnp.take_along_axis(x, order_BL, 1) for x in batch()))
     for row, left in enumerate(LEFT):
         got_LD, want_LD = left_BLD[row, left:], right_BLD[row, : LENGTH - left]
+        np.testing.assert_allclose(got_LD, want_LD, atol=1e-5)
+        got_LD = np.delete(between_BLD[row], np.s_[4 : 4 + left], axis=0)
         np.testing.assert_allclose(got_LD, want_LD, atol=1e-5)
 
 
@@ -181,6 +187,35 @@ def test_constraints_are_there_under_rules_and_a_mesh_and_nowhere_else():
     np.testing.assert_allclose(plain_BLV, held_BLV, atol=1e-6)
 
 
+@pytest.mark.parametrize(  # test_step has Qwen3 and Llama
+    "name",
+    ["qwen3_moe", *(pytest.param(n, marks=pytest.mark.slow) for n in ("qwen2", "gemma3_text"))],
+)
+def test_a_mesh_changes_neither_logits_nor_gradients(name, make_mesh):
+    cfg = dataclasses.replace(EACH[name], vocab_size=98)  # even
+    decoder, params = model(cfg)
+    tokens_BL, valid_BL = (x[:3] for x in batch())  # not a multiple of the shards of rows
+
+    def run(params):
+        def loss(params):
+            logits_BLV = lm.logits(decoder, params, lm.hidden(decoder, params, tokens_BL, valid_BL))
+            logits_BLV = jnp.where(valid_BL[..., None], logits_BLV, 0.0)
+            return jnp.mean(logits_BLV**2), logits_BLV
+
+        gradient, logits_BLV = jax.grad(loss, has_aux=True)(params)
+        before = tokens_BL[:, :-1], valid_BL[:, :-1]
+        _, cache = lm.prefill(decoder, params, *before, length=LENGTH)
+        hidden_BD, _ = lm.decode(decoder, params, tokens_BL[:, -1], cache)
+        return gradient, logits_BLV, lm.logits(decoder, params, hidden_BD)
+
+    want, mesh = jax.jit(run)(params), make_mesh((2, 2, 2))
+    spread = jax.device_put(params, sharding.shardings(mesh, lm_params.logical_axes(cfg)))
+    with sharding.use(mesh):
+        got = jax.jit(run)(spread)
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(g, w, atol=2e-5 * np.abs(w).max())
+
+
 def test_logits_take_any_leading_shape():
     decoder, params = model(LLAMA)
     hidden_BLD = jax.random.normal(jax.random.key(3), (2, 3, 32))
@@ -218,3 +253,21 @@ def test_every_constant_of_llama3_rope_matters(name, value):
     assert not np.allclose(
         rope.frequencies(8, 500.0, LLAMA.rope_scaling), rope.frequencies(8, 500.0, changed)
     )
+
+
+def test_positions_near_and_far_in_a_stretched_context():
+    """The pairs that turn fastest are kept and the slowest divided, whatever the scaling."""
+    plain_E = rope.frequencies(64, 1e4, None)
+    llama3 = Llama3Rope(
+        factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=512
+    )
+    yarn = YarnRope(factor=4.0, original_max_position_embeddings=512)
+    for scaling in (llama3, yarn):
+        ratio_E = rope.frequencies(64, 1e4, scaling) / plain_E
+        assert ratio_E[0] == 1
+        np.testing.assert_allclose(ratio_E[-1], 1 / scaling.factor, rtol=1e-6)
+        assert (np.diff(ratio_E) <= 0).all()
+    linear_E = rope.frequencies(64, 1e4, LinearRope(factor=8.0))
+    np.testing.assert_allclose(linear_E, plain_E / 8, rtol=1e-6)
+    # sqrt(1/t) = 0.1 ln s + 1, https://arxiv.org/abs/2309.00071
+    np.testing.assert_allclose(rope.attention_factor(yarn), 1 + 0.1 * np.log(4))

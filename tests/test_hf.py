@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from families import (
+    GEMMA3,
     LLAMA,
     MODELS,
     QWEN3,
@@ -24,7 +25,7 @@ from families import (
 from safetensors.numpy import load_file, save_file
 
 from gopd_jax import sharding
-from gopd_jax.models import hf, safetensors_out
+from gopd_jax.models import hf, hf_config, safetensors_out
 from gopd_jax.models import params as lm_params
 from gopd_jax.models.safetensors_in import read
 
@@ -70,6 +71,28 @@ def test_greedy_decoding_equals_transformers_token_for_token(cfg, tmp_path):
     hf.save(tmp_path / "model", dataclasses.replace(cfg, eos_token_id=None), params)
     want_BC = families.torch_greedy(torch_load(tmp_path / "model"))
     np.testing.assert_array_equal(families.our_greedy(cfg, params), want_BC)
+
+
+@pytest.mark.torch
+def test_the_text_part_of_a_gemma_that_reads_images_can_be_taken_out_as_the_refusal_says(tmp_path):
+    import transformers
+
+    text = {k: v for k, v in lm_params.to_hf(GEMMA3).items() if k != "architectures"}
+    sizes = dict.fromkeys(("hidden_size", "intermediate_size", "patch_size"), 14)
+    vision = sizes | {"num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision)
+    whole = transformers.Gemma3ForConditionalGeneration(config).eval()
+    whole.save_pretrained(tmp_path / "whole")
+    with pytest.raises(ValueError, match="reads images too"):
+        hf.load_config(tmp_path / "whole")
+    names = {"DIR": tmp_path / "whole", "OUT": tmp_path / "text"} | {
+        n: getattr(transformers, n) for n in ("Gemma3ForConditionalGeneration", "Gemma3ForCausalLM")
+    }
+    exec(hf_config.TEXT_OF_GEMMA3, names)
+    cfg = hf.load_config(tmp_path / "text")
+    assert cfg == GEMMA3
+    got_BLV, valid_BL = our_logits(cfg, hf.load_params(tmp_path / "text", cfg)), batch()[1]
+    np.testing.assert_allclose(got_BLV[valid_BL], torch_logits(whole)[valid_BL], atol=1e-4)
 
 
 @EACH

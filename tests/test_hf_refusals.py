@@ -7,6 +7,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from families import MODELS
 from safetensors.numpy import load_file, save_file
 
 from gopd_jax.models import hf
@@ -215,14 +216,43 @@ def test_a_tied_head_that_is_stored_too_is_accepted(path):
 
 
 UNSUPPORTED = {
-    "architecture": ({"model_type": "gpt2"}, r"'gpt2' is not supported; there are \['llama', 'q"),
+    "architecture": (
+        {"model_type": "gpt2"},
+        r"'gpt2' is not supported; there are \['gemma3_text', 'l",
+    ),
     "activation": ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
     "bias": ({"attention_bias": True}, "attention_bias = True"),
     "mlp bias": ({"mlp_bias": True}, "mlp_bias = True"),
-    "window": ({"use_sliding_window": True}, "use_sliding_window = True"),
-    "window by layer": ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_att"),
-    "rope": ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type 'yarn'"),
-    "new rope": ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rope_type 'linear'"),
+    "window of no layer": (
+        {"layer_types": ["full_attention", "sliding_attention"]},
+        r"sliding_window = None and layer_types = \('full_attention', 'sliding_attention'\): a win",
+    ),
+    "window without width": (
+        {"use_sliding_window": True, "sliding_window": 0, "max_window_layers": 1},
+        "sliding_window = 0; it is 1 or more",
+    ),
+    "kind of layer": (
+        {"layer_types": ["full_attention", "chunked"]},
+        r"layer_types has \['chunked",
+    ),
+    "layers": ({"layer_types": ["full_attention"]}, "names 1 layers and num_hidden_layers is 2"),
+    "half yarn": (
+        {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+        r"rope_type 'yarn' needs \['original_max_position_embeddings'\]",
+    ),
+    "rope": ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope_type 'dynamic'"),
+    "new rope": ({"rope_parameters": {"rope_type": "longrope"}}, "rope_type 'longrope'"),
+    "rope field": (
+        {"rope_scaling": {"rope_type": "default", "mrope_section": [2, 2, 2]}},
+        "rope_type 'default' has unknown field mrope_section",
+    ),
+    "unknown field": ({"logit_scale": 0.5, "zeta": 1}, "unknown field logit_scale, zeta in the co"),
+    "another head": (
+        {"architectures": ["Qwen3ForSequenceClassification"]},
+        r"architectures = \['Qwen3ForSequenceClassification'\] \(only 'Qwen3ForCausalLM'",
+    ),
+    "experts": ({"num_experts": 4}, "unknown field num_experts"),
+    "images": ({"model_type": "gemma3"}, r"reads images too.*t.save_pretrained\(OUT\)"),
     "half rope": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
     "two thetas": ({"rope_parameters": {"rope_theta": 1e6}}, r"two rope_theta, \[10000.0, 1000000"),
     "two ropes": (
@@ -247,3 +277,61 @@ def test_mathematics_that_is_not_implemented_is_refused(changes, message, tmp_pa
     with pytest.raises(ValueError, match=message) as caught:
         hf.load_config(tmp_path)
     assert str(tmp_path) in str(caught.value)
+
+
+MOE, GEMMA3, MISTRAL, QWEN2 = (
+    MODELS[n] for n in ("qwen3_moe", "gemma3_text", "mistral, sliding", "qwen2")
+)
+UNSUPPORTED_OF = {
+    "dense layers among routed ones": (MOE, {"mlp_only_layers": [0]}, r"mlp_only_layers = \[0\]"),
+    "every second layer routed": (MOE, {"decoder_sparse_step": 2}, "decoder_sparse_step = 2"),
+    "routed and sliding": (MOE, {"use_sliding_window": True}, "use_sliding_window = True"),
+    "two numbers of experts": (MOE, {"num_local_experts": 8}, r"two num_experts, \[4, 8\]"),
+    "no experts": (
+        MOE,
+        {"num_experts": None},
+        r"needs sizes of its experts; \{'num_experts': None",
+    ),
+    "more than all experts": (MOE, {"num_experts_per_tok": 5}, "5 is more than num_experts = 4"),
+    "capped logits": (GEMMA3, {"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0"),
+    "capped scores": (GEMMA3, {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0"),
+    "both ways": (GEMMA3, {"use_bidirectional_attention": True}, "use_bidirectional_attention = T"),
+    "exact gelu": (GEMMA3, {"hidden_activation": "gelu"}, "hidden_activation = 'gelu'"),
+    "one rope for two": (
+        GEMMA3,
+        {"rope_parameters": {"rope_type": "default"}},
+        r"rope_parameters of a gemma3_text model has \['rope_type'\]",
+    ),
+    "yarn in gemma": (
+        GEMMA3,
+        {
+            "rope_parameters": None,
+            "rope_scaling": {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 8,
+            },
+        },
+        "only rope_type 'linear' on the full layers.*YarnRope",
+    ),
+    "full layers in mistral": (
+        MISTRAL,
+        {"layer_types": ["full_attention", "sliding_attention"]},
+        "in a mistral model, which is 'sliding_attention' throughout with sliding_window = 5",
+    ),
+    "no bias": (QWEN2, {"attention_bias": False}, "attention_bias = False"),
+}
+
+
+@pytest.mark.parametrize(
+    ("cfg", "changes", "message"), UNSUPPORTED_OF.values(), ids=UNSUPPORTED_OF.keys()
+)
+def test_what_one_architecture_can_ask_for_and_is_not_implemented_is_refused(cfg, changes, message):
+    with pytest.raises(ValueError, match=message):
+        lm_params.from_hf(lm_params.to_hf(cfg) | changes)
+
+
+@pytest.mark.parametrize("cfg", MODELS.values(), ids=MODELS.keys())
+def test_an_unknown_field_is_named_in_every_architecture(cfg):
+    with pytest.raises(ValueError, match=f"unknown field zeta in .* this {cfg.architecture} model"):
+        lm_params.from_hf(lm_params.to_hf(cfg) | {"zeta": 2.0})

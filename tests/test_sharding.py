@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from families import MOE
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -69,6 +70,20 @@ def test_every_matrix_of_a_model_is_spread_over_the_whole_mesh(make_model, make_
     for name, x in (spread | layers).items():
         assert {x.size // shard.data.size for shard in x.addressable_shards} == {pieces.pop(name)}
     assert not pieces
+
+
+def test_each_device_holds_some_of_the_experts_and_the_whole_choice(make_mesh):
+    mesh, axes = make_mesh((2, 2, 2)), logical_axes(MOE)["layers"]
+    for rules, width in ((sharding.TRAIN, "fsdp"), (sharding.DECODE, None)):
+        layers = sharding.shardings(mesh, axes, rules)
+        assert layers["expert_up"].spec == P(None, "tensor", width, None)
+        assert layers["expert_down"].spec == P(None, "tensor", None, width)
+        assert layers["router"].spec == P(None, width, None)
+    found = abstract_params(MOE), logical_axes(MOE)
+    problems = sharding.mesh_problems(make_mesh((1, 1, 8)), *found, role="teacher")
+    assert any(
+        text.startswith("teacher has 4 along 'experts', which mesh.tensor = 8") for text in problems
+    )
 
 
 def test_dimensions_that_the_mesh_does_not_divide_are_named(make_model, make_mesh):

@@ -5,6 +5,8 @@
    strategy and half the wrong one, so that the base knows both and chooses at random.
 3. Teachers: GRPO from that base on the problems of one task, which teaches the choice in that task
    and leaves the other as it was. The large teacher is trained on both.
+4. An open-book model: the base, taught to follow a solution that its prompt shows, and to answer as
+   before where there is none.
 Every number is seeded; each finished checkpoint is kept, so a killed run goes on with the next.
 """
 
@@ -28,10 +30,11 @@ from gopd_jax.models import tokenizer as tokenizers
 from gopd_jax.models.decoder import Decoder
 from gopd_jax.objectives import objective
 from gopd_jax.optimizer import make_optimizer
-from gopd_jax.reader import Reader
+from gopd_jax.reader import Reader, solution
 from gopd_jax.verifiers import verify
 
 PROMPT, COMPLETION = 44, 36  # tokens; the longest problem and answer fit
+OPEN_BOOK_PROMPT = 96  # with a solution behind the problem
 
 SMALL = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4}
 LARGE = {"hidden_size": 192, "intermediate_size": 576, "num_hidden_layers": 4}
@@ -54,6 +57,7 @@ class Stage:
     # Rows whose activations fit a CPU's caches: several times faster than all rows at once.
     microbatch: int = 16
     advantage: str = "imitation"
+    shown: bool = False  # half of the prompts hold the answer to imitate, as a context shows it
     dtype: str = "float32"  # of the stored weights
 
 
@@ -108,6 +112,16 @@ STAGES = (
         advantage="grpo",
         dtype="bfloat16",
     ),
+    Stage(
+        name="open_book",
+        size=SMALL,
+        start="base",
+        steps=400,
+        learning_rate=1e-3,
+        schedule="cosine",
+        shown=True,
+        dtype="bfloat16",
+    ),
 )
 
 
@@ -131,14 +145,20 @@ def model_config(size: dict) -> lm_params.ModelConfig:
     )
 
 
-def both_strategies(task_names, n_problems: int, seed: int) -> data.Dataset:
-    """n_problems of each task, each with its right and with its wrong answer to imitate."""
+def both_strategies(task_names, n_problems: int, seed: int, shown: bool = False) -> data.Dataset:
+    """n_problems of each task, each with its right and with its wrong answer to imitate.
+
+    shown: each once as it is, and once with that answer behind the prompt.
+    """
     records = {task: [] for task in task_names}
     for task in task_names:
         for i in range(n_problems):
             problem = tasks.problem(task, seed, i, split="train")
             for answer in (problem.right, problem.wrong):
-                records[task].append(tasks.record(problem, completion=answer))
+                record = tasks.record(problem, completion=answer)
+                records[task].append(record)
+                if shown:
+                    records[task].append(dataclasses.replace(record, messages=solution(record)))
     records = {task: tuple(rows) for task, rows in records.items()}
     return data.Dataset(records=records, identity=f"microworld seed {seed}", source="microworld")
 
@@ -193,13 +213,13 @@ def train(stage: Stage, params, chat, mesh, seed: int, log):
     state = step.init_state(recipe, params)
     frozen = step.Frozen(teachers=(), reference=None)
     imitates = stage.advantage == "imitation"
-    pool = both_strategies(stage.tasks, 24_000, seed) if imitates else None
+    pool = both_strategies(stage.tasks, 24_000, seed, stage.shown) if imitates else None
     pool = pool or problems(stage.tasks, 4_000, seed + 1, "train")
 
     def make(i):
         return data.prompts(
             pool,
-            Reader(tokenizer=chat, length=PROMPT),
+            Reader(tokenizer=chat, length=OPEN_BOOK_PROMPT if stage.shown else PROMPT),
             i,
             seed=seed,
             n_prompts=stage.prompts,

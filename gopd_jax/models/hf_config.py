@@ -8,6 +8,12 @@ from gopd_jax.models.architectures import ARCHITECTURES, LAYER_TYPES, SCALINGS, 
 from gopd_jax.models.hf_fields import DEFAULTS, IDS, REQUIRED, check_fields
 
 FULL, SLIDING = LAYER_TYPES
+# Gemma3ForCausalLM.from_pretrained of such a directory would warn and give random weights.
+TEXT_OF_GEMMA3 = (
+    "m = Gemma3ForConditionalGeneration.from_pretrained(DIR, dtype='auto'); "
+    "t = Gemma3ForCausalLM(m.config.text_config); "
+    "t.model, t.lm_head = m.model.language_model, m.lm_head; t.save_pretrained(OUT)"
+)
 
 
 def from_hf(config: dict) -> ModelConfig:
@@ -19,8 +25,7 @@ def from_hf(config: dict) -> ModelConfig:
     if kind == "gemma3":
         raise ValueError(
             "model_type 'gemma3' (Gemma3ForConditionalGeneration) reads images too, which is not "
-            "implemented; save its text part with transformers: Gemma3ForCausalLM.from_pretrained("
-            "DIR).save_pretrained(OUT), whose model_type is 'gemma3_text'"
+            f"implemented; save its text part with transformers: {TEXT_OF_GEMMA3}"
         )
     if kind not in ARCHITECTURES:
         raise ValueError(f"model_type {kind!r} is not supported; there are {sorted(ARCHITECTURES)}")
@@ -71,7 +76,7 @@ def _windows(config: dict, kind: str) -> tuple[int | None, tuple[str, ...] | Non
                 f"sliding_window = {window}; remove layer_types"
             )
     types = tuple(types if given is None else given)
-    if set(types) == {FULL}:
+    if types == (FULL,) * n_layers:
         return None, None
     return window, types
 
@@ -167,8 +172,9 @@ def to_hf(cfg: ModelConfig) -> dict:
     rope = {"rope_type": "default"}
     if cfg.rope_scaling is not None:
         name = next(k for k, v in SCALINGS.items() if isinstance(cfg.rope_scaling, v))
-        fields = dataclasses.asdict(cfg.rope_scaling)
-        rope = {"rope_type": name} | {k: v for k, v in fields.items() if v is not None}
+        fields = {f.name: f.default for f in dataclasses.fields(cfg.rope_scaling)}
+        given = {k: getattr(cfg.rope_scaling, k) for k in fields}
+        rope = {"rope_type": name} | {k: v for k, v in given.items() if v != fields[k]}
         out["rope_scaling"] = dict(rope)
     rope |= {"rope_theta": cfg.rope_theta}
     out |= {
@@ -178,8 +184,10 @@ def to_hf(cfg: ModelConfig) -> dict:
         "attention_dropout": 0.0,
     }
     out["hidden_activation" if kind == "gemma3_text" else "hidden_act"] = traits.activation
-    if not traits.qkv_bias:
+    if kind not in ("mistral", "qwen2"):  # transformers' classes of those have no such field
         out["attention_bias"] = False
+    if kind == "qwen2" and cfg.head_dim * cfg.num_attention_heads == cfg.hidden_size:
+        del out["head_dim"]  # nor this one; it is honoured where it says something else
     if kind == "llama":
         out["mlp_bias"] = False
     if kind == "gemma3_text":

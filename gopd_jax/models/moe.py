@@ -74,6 +74,10 @@ def _own_experts(x_BLD, router_DR, gate_RDF, up_RDF, down_RFD, *, cfg: ModelConf
         product = jax.lax.ragged_dot(jnp.where(own_x1, x, 0), weight, size_R, precision="highest")
         return jnp.where(own_x1, product, 0)
 
+    if (
+        axes
+    ):  # each device takes other tokens: without the cast the gradient misses the others' part
+        tokens_nD = jax.lax.pcast(tokens_nD, axes, to="varying")
     sorted_xD = tokens_nD[order_x // n_active]
     hidden_xF = nn.silu(dot(sorted_xD, gate_RDF)) * dot(sorted_xD, up_RDF)
     out_xD = dot(hidden_xF, down_RFD).astype(jnp.float32)

@@ -1,0 +1,96 @@
+"""Routed experts against all experts computed for all tokens; on meshes against one device."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from families import MOE
+
+from gopd_jax import sharding
+from gopd_jax.models import moe
+
+SIZES = {
+    "router": (32, 4),
+    "expert_gate": (4, 32, 16),
+    "expert_up": (4, 32, 16),
+    "expert_down": (4, 16, 32),
+}
+
+
+def weights(lean=0.0):
+    """Random weights; `lean` draws every token of positive mean to the last expert."""
+    draw = np.random.default_rng(0).normal
+    weight = {name: draw(0, 0.3, shape).astype(np.float32) for name, shape in SIZES.items()}
+    weight["router"][:, -1] += lean
+    return jax.tree.map(jnp.asarray, weight)
+
+
+def tokens(n_rows=3):
+    draw = np.random.default_rng(1).normal
+    return jnp.asarray(draw(0.5, 1, (n_rows, 5, 32)).astype(np.float32))
+
+
+def by_all_experts(x_BLD, weight, cfg):
+    """The definition: every expert for every token, weighted by 0 where it is not chosen."""
+    chance_BLR = jax.nn.softmax(jnp.einsum("bld,dr->blr", x_BLD, weight["router"]))
+    least_BL1 = jnp.sort(chance_BLR, -1)[..., -cfg.num_experts_per_tok][..., None]
+    share_BLR = jnp.where(chance_BLR >= least_BL1, chance_BLR, 0.0)
+    if cfg.norm_topk_prob:
+        share_BLR = share_BLR / share_BLR.sum(-1, keepdims=True)
+    gate_BLRF = jnp.einsum("bld,rdf->blrf", x_BLD, weight["expert_gate"])
+    up_BLRF = jnp.einsum("bld,rdf->blrf", x_BLD, weight["expert_up"])
+    hidden_BLRF = nn.silu(gate_BLRF) * up_BLRF
+    return jnp.einsum("blrf,rfd,blr->bld", hidden_BLRF, weight["expert_down"], share_BLR)
+
+
+def value_and_gradients(function, cfg, x_BLD, weight):
+    def cubed(x_BLD, weight):
+        out_BLD = function(x_BLD, weight, cfg)
+        return jnp.mean(out_BLD**3), out_BLD
+
+    gradient, out_BLD = jax.jit(jax.grad(cubed, argnums=(0, 1), has_aux=True))(x_BLD, weight)
+    return out_BLD, gradient
+
+
+@pytest.mark.parametrize("shape", [None, (2, 2, 2), (1, 1, 4)], ids=str)
+@pytest.mark.parametrize("lean", [0.0, 2.0], ids=["spread", "all to one expert"])
+def test_routed_experts_are_the_weighted_sum_of_those_chosen(shape, lean, make_mesh):
+    # One expert for each token where all want the same: the others' groups are empty.
+    n_active = 1 if lean else 2
+    cfg = dataclasses.replace(MOE, num_experts_per_tok=n_active, norm_topk_prob=not lean)
+    x_BLD, weight = tokens(), weights(lean)
+    if lean:
+        chosen_BL = jnp.einsum("bld,dr->blr", x_BLD, weight["router"]).argmax(-1)
+        assert (chosen_BL == 3).all()
+    want = value_and_gradients(by_all_experts, cfg, x_BLD, weight)
+    if shape is None:
+        got = value_and_gradients(moe.routed_mlp, cfg, x_BLD, weight)
+    else:  # three rows: no multiple of the four shards of rows
+        mesh = make_mesh(shape)
+        axes = {name: ("experts", None, None) for name in SIZES} | {"router": (None, None)}
+        spread = jax.device_put(weight, sharding.shardings(mesh, axes))
+        with sharding.use(mesh):
+            got = value_and_gradients(moe.routed_mlp, cfg, x_BLD, spread)
+    assert np.abs(want[0]).std() > 0.1
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(g, w, atol=1e-5 * max(1.0, float(np.abs(w).max())))
+
+
+def test_the_router_works_in_float32_whatever_the_dtype():
+    x_BLD, weight = tokens().astype(jnp.bfloat16), weights()
+    # Two experts that bfloat16 cannot tell apart, and float32 can.
+    weight["router"] = jnp.zeros((32, 4)).at[:, 0].set(1.0).at[:, 1].set(1.0 + 1e-4)
+    cfg = dataclasses.replace(MOE, num_experts_per_tok=1)
+    got_BLD = moe.routed_mlp(x_BLD, weight, cfg)
+    assert got_BLD.dtype == jnp.bfloat16
+    one = {name: w.astype(jnp.bfloat16)[1] for name, w in weight.items() if name != "router"}
+    positive_BL = np.asarray(x_BLD.astype(jnp.float32).sum(-1) > 0)
+    want_BLD = (nn.silu(x_BLD @ one["expert_gate"]) * (x_BLD @ one["expert_up"])) @ one[
+        "expert_down"
+    ]
+    error_BLD = np.abs(np.asarray(got_BLD - want_BLD, np.float32))[positive_BL]
+    assert positive_BL.any()
+    assert error_BLD.max() < 0.02 * np.abs(np.asarray(want_BLD, np.float32)).max()
