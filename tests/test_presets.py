@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -25,6 +26,7 @@ ARGUMENTS = {
     "strong_to_weak": [None, "student", "teacher"],
     "sft": [None],
     "grpo": [None, "math", "code"],
+    "opsd": [None, "frozen", "ema"],
     "qwen3": [None],
 }
 EVERY = [(name, word) for name, words in ARGUMENTS.items() for word in words]
@@ -44,6 +46,7 @@ def checkpoints(tmp_path_factory):
     """Random checkpoints by the shipped ones' names; the large ones are of another size."""
     root = tmp_path_factory.mktemp("presets")
     tiny.build(root)
+    shutil.copytree(root / "base", root / "open_book")
     for seed, name in enumerate(("large_base", "large_teacher")):
         cfg = lm_params.from_hf(lm_params.to_hf(tiny.CFG) | {"hidden_size": 48})
         params = lm_params.init(cfg, jax.random.key(10 + seed))
