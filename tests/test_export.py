@@ -8,8 +8,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tiny
+from families import MODELS, random_params, torch_load, torch_logits
 from safetensors.numpy import load_file, save_file
-from test_hf import MODELS, random_params, torch_load, torch_logits
 
 from gopd_jax import card, export, sharding, train
 from gopd_jax.models import hf, safetensors_out
@@ -60,7 +60,7 @@ def test_import_and_export_give_the_same_files(tmp_path, dtype, tied_head, load)
 
 
 def test_tensors_of_several_dtypes_and_an_untied_head_come_back_too(tmp_path):
-    cfg = MODELS["llama"]
+    cfg = MODELS["llama 3.1"]
     odd = {"model.layers.1.input_layernorm.weight": np.float32, "lm_head.weight": np.float16}
     path = source(tmp_path / "source", cfg, **odd)
     params = hf.load_params(path, cfg, dtype="stored")
@@ -101,7 +101,7 @@ def test_another_dtype_changes_the_tensors_and_that_field_of_the_config(tmp_path
     assert (tmp_path / "same" / "config.json").read_bytes() == (path / "config.json").read_bytes()
 
 
-@pytest.mark.parametrize("cfg", [MODELS["qwen3"], MODELS["llama"]], ids=["tied", "untied"])
+@pytest.mark.parametrize("cfg", [MODELS["qwen3"], MODELS["llama 3.1"]], ids=["tied", "untied"])
 def test_large_exports_are_split_under_the_names_of_hugging_face(tmp_path, cfg):
     path = source(tmp_path / "source", cfg)
     params, limit = hf.load_params(path, cfg), 12_000
@@ -146,7 +146,7 @@ def test_a_file_is_byte_for_byte_what_the_library_writes(tmp_path):
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2), (1, 8, 1)])
 def test_a_sharded_student_is_written_like_a_whole_one(tmp_path, make_mesh, shape):
-    cfg = MODELS["qwen3"] if shape[2] > 1 else MODELS["llama"]
+    cfg = MODELS["qwen3"] if shape[2] > 1 else MODELS["llama 3.1"]
     path = source(tmp_path / "source", cfg, np.float16)
     layout = sharding.shardings(make_mesh(shape), lm_params.logical_axes(cfg))
     if shape[2] > 1:  # the vocabulary of 97 does not divide

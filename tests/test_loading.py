@@ -11,9 +11,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tiny
+from families import MODELS, random_params
 from rich.console import Console
 from safetensors.numpy import load_file, save_file
-from test_hf import MODELS, random_params
 
 from gopd_jax import metrics, setup, sharding
 from gopd_jax.models import decoder as lm
@@ -22,7 +22,7 @@ from gopd_jax.models import params as lm_params
 
 # Sizes that every mesh of eight divides, in layers enough to be read in pieces.
 CFG = dataclasses.replace(
-    MODELS["llama"], vocab_size=128, num_hidden_layers=5, num_key_value_heads=4, head_dim=16
+    MODELS["llama 3.1"], vocab_size=128, num_hidden_layers=5, num_key_value_heads=4, head_dim=16
 )
 BIG = dataclasses.replace(
     CFG, vocab_size=4096, hidden_size=256, intermediate_size=1024, num_hidden_layers=16
