@@ -16,7 +16,7 @@ import numpy as np
 from absl import flags
 from jax.sharding import Mesh
 
-from gopd_jax import metrics, records, sharding
+from gopd_jax import hub, metrics, records, sharding
 from gopd_jax.checkpoint import differences
 from gopd_jax.models import hf
 from gopd_jax.models import params as lm_params
@@ -41,7 +41,7 @@ class Model:
     def params(self):
         axes = lm_params.logical_axes(self.decoder.cfg)
         layout = sharding.shardings(self.mesh, axes)
-        return hf.load_params(self.path, self.decoder.cfg, shardings=layout)
+        return hf.load_params(self.path, self.decoder.cfg, shardings=layout, dtype="stored")
 
     def identity(self) -> dict[str, str]:
         """What makes its numbers: weights, tokenizer, template, end tokens, dtype."""
@@ -63,8 +63,11 @@ def open_model(
     fsdp: int = 1,
     tensor: int = 1,
     devices=None,
+    template: str | None = None,
 ) -> Model:
-    """The model of a Hugging Face directory, checked; dtype is that of the computation.
+    """The model of a Hugging Face directory or name, checked; dtype is that of the computation.
+
+    template: options of its chat template, "enable_thinking=False".
 
     data, fsdp, tensor: devices along each axis of the mesh over `devices` (None: all); data None
     takes what the others leave. ValueError for a model, tokenizer and mesh that do not fit.
@@ -75,7 +78,8 @@ def open_model(
     if wrong := {name: size for name, size in sizes.items() if size is not None and size < 1}:
         raise ValueError(f"{wrong}: an axis has at least one device")
     mesh = sharding.make_mesh(data, fsdp, tensor, devices=devices)
-    cfg, chat = hf.load_config(path), tokenizers.load(path)
+    path = hub.locate(path).directory
+    cfg, chat = hf.load_config(path), tokenizers.load(path).with_options(template)
     problems = sharding.mesh_problems(
         mesh, lm_params.abstract_params(cfg), lm_params.logical_axes(cfg), role=str(path)
     )
@@ -200,6 +204,7 @@ def define(*, temperature: str) -> flags.FlagValues:
         'Take a text "prompt" as it is: no chat template, nothing added. By default it is a '
         "user's message and is rendered through the model's chat template, as messages are.",
     )
+    add(values, "template", None, "Options of the chat template: enable_thinking=False.", str)
     add(values, "dtype", "float32", f"Of the computation: {' or '.join(DTYPES)}.")
     add(values, "batch", 16, "Rows at a time; a multiple of mesh.data * mesh.fsdp.")
     add(values, "mesh.data", None, "Replicas; unset, the devices that the others leave.", int)
@@ -240,7 +245,8 @@ def run(values: flags.FlagValues, doc: str, work: Callable, argv: list[str]) -> 
         mesh = {name: given.pop(f"mesh.{name}") for name in sharding.AXES}
         cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", Path.home() / ".cache/gopd_jax/xla")
         jax.config.update("jax_compilation_cache_dir", str(cache))
-        model = open_model(given.pop("model"), dtype=given.pop("dtype"), **mesh)
+        options = {name: given.pop(name) for name in ("dtype", "template")}
+        model = open_model(given.pop("model"), **options, **mesh)
         n_rows = work(model, given.pop("data"), out := given.pop("out"), **given)
     except (ValueError, OSError, flags.Error) as error:
         print(f"\n{error}", file=sys.stderr)

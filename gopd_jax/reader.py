@@ -7,11 +7,9 @@ ids are shared: what a role judges is the student's completion after the role's 
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import importlib
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -77,22 +75,6 @@ def find_context(text: str | None) -> Callable[[Record], Messages] | None:
     return found
 
 
-def template_options(text: str | None) -> dict[str, Any]:
-    """Variables for the chat template of "enable_thinking=False, name='x'"; {} of None."""
-    if text is None:
-        return {}
-    try:
-        call = ast.parse(f"options({text})", mode="eval").body
-        if not isinstance(call, ast.Call) or call.args or any(k.arg is None for k in call.keywords):
-            raise SyntaxError("only key=value")
-        return {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
-    except (SyntaxError, ValueError) as error:
-        raise ValueError(
-            f"template options {text!r} are not of the form key=value, key=value with Python "
-            f"literals ({error}); write enable_thinking=False, say"
-        ) from error
-
-
 # --- the reader
 
 
@@ -100,13 +82,12 @@ def template_options(text: str | None) -> dict[str, Any]:
 class Reader:
     """One role's way from a Record to token ids.
 
-    length: tokens that a prompt may have; setting: its name, for messages. options: variables of
-    the chat template. context: a function of CONTEXTS or a user's; None shows the plain prompt.
+    length: tokens that a prompt may have; setting: its name, for messages. context: a function of
+    CONTEXTS or a user's; None shows the plain prompt. The template's options are the tokenizer's.
     """
 
     tokenizer: Tokenizer
     length: int
-    options: dict[str, Any] = dataclasses.field(default_factory=dict)
     context: Callable[[Record], Messages] | None = None
     setting: str = "data.prompt_length"
 
@@ -114,7 +95,7 @@ class Reader:
         """ValueError names the record where template or context refuse it."""
         try:
             turns = record.messages if self.context is None else _turns(self.context(record))
-            ids = self.tokenizer.render(turns, **self.options)
+            ids = self.tokenizer.render(turns)
         except ValueError as error:
             told = str(error)
             raise ValueError(
@@ -135,7 +116,6 @@ class Reader:
         return (
             self.context is None
             and other.context is None
-            and self.options == other.options
             and ours.template_fingerprint() == theirs.template_fingerprint()
             and ours.encoding_fingerprint() == theirs.encoding_fingerprint()
         )

@@ -18,7 +18,7 @@ from gopd_jax.objectives import objective
 from gopd_jax.optimizer import make_optimizer
 from gopd_jax.problems import roles as loaded_roles
 from gopd_jax.problems import teacher_of
-from gopd_jax.reader import Reader, find_context, template_options
+from gopd_jax.reader import Reader, find_context
 from gopd_jax.verifiers import verify
 
 TOO_LONG = "x" * 70_000
@@ -210,19 +210,13 @@ def _length(model: settings.Model, c: settings.Config) -> int:
 
 def _reader(name: str, model: settings.Model, loaded, length: int) -> Reader | None:
     """How the role reads; ValueError for a context or for template options that make no sense."""
-    context, options = find_context(model.context), template_options(model.template)
+    context = find_context(model.context)
     if loaded is None:
         return None
     *_, chat = loaded
-    if unknown := sorted(options.keys() - chat.template_variables()):
-        raise ValueError(
-            f"template is {model.template!r}, and the chat template of {model.path} uses none of "
-            f"{unknown}; its variables are {sorted(chat.template_variables())}"
-        )
     return Reader(
-        tokenizer=chat,
+        tokenizer=chat.with_options(model.template),
         length=length,
-        options=options,
         context=context,
         setting=_length_setting(name, model),
     )

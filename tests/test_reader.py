@@ -9,7 +9,8 @@ import pytest
 
 from gopd_jax import data
 from gopd_jax.models import tokenizer as tokenizers
-from gopd_jax.reader import CONTEXTS, Reader, find_context, template_options
+from gopd_jax.models.tokenizer import template_options
+from gopd_jax.reader import CONTEXTS, Reader, find_context
 from gopd_jax.types import Record
 
 RECORD = Record(
@@ -98,7 +99,9 @@ def test_template_options_reach_the_template(chat):
             template_options(text)
     switch = with_template(chat, "{{ messages[0].content }}{% if loud %}!{% endif %}")
     quiet = Reader(tokenizer=switch, length=9)
-    loud = dataclasses.replace(quiet, options={"loud": True})
+    loud = dataclasses.replace(quiet, tokenizer=switch.with_options("loud=True"))
+    with pytest.raises(ValueError, match=r"uses none of \['lod'\]; its variables are .*'loud'"):
+        switch.with_options("lod=True")
     assert switch.template_variables() >= {"messages", "loud"}
     assert loud.ids(RECORD) == [*quiet.ids(RECORD), *chat.encode("!")]
 
@@ -106,7 +109,8 @@ def test_template_options_reach_the_template(chat):
 def test_readers_that_read_alike_are_known(chat):
     plain = Reader(tokenizer=chat, length=64)
     assert plain.reads_as(dataclasses.replace(plain, length=80))
-    assert not plain.reads_as(dataclasses.replace(plain, options={"loud": True}))
+    told = dataclasses.replace(chat, options={"loud": True})
+    assert not plain.reads_as(dataclasses.replace(plain, tokenizer=told))
     assert not plain.reads_as(dataclasses.replace(plain, context=find_context("answer")))
     other = with_template(chat, chat.template + " ")
     assert not plain.reads_as(Reader(tokenizer=other, length=64))

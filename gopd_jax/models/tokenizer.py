@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import datetime
 import hashlib
@@ -47,6 +48,7 @@ class Tokenizer:
     special: dict[str, str]  # bos_token, eos_token, ... as the template's variables
     backend: tokenizers.Tokenizer
     compiled: jinja2.Template
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)  # variables of the template
 
     @property
     def vocab_size(self) -> int:
@@ -70,7 +72,7 @@ class Tokenizer:
                 **self.special,
                 messages=[dict(message) for message in messages],
                 add_generation_prompt=add_generation_prompt,
-                **{"tools": None, "documents": None, **options},
+                **{"tools": None, "documents": None, **self.options, **options},
             )
         except (jinja2.TemplateError, TypeError) as error:
             roles = [message.get("role") for message in messages]
@@ -95,15 +97,28 @@ class Tokenizer:
         """Sixteen hex digits of tokenizer.json's content: equal where every text has equal ids."""
         return _digest(self.backend.to_str())
 
+    def with_options(self, text: str | None) -> Tokenizer:
+        """The same, rendering with "enable_thinking=False, name='x'" unless told otherwise.
+
+        ValueError for a variable that the chat template does not read.
+        """
+        options = template_options(text)
+        if unknown := sorted(options.keys() - self.template_variables()):
+            raise ValueError(
+                f"template is {text!r}, and the chat template of {self.path} uses none of "
+                f"{unknown}; its variables are {sorted(self.template_variables())}"
+            )
+        return dataclasses.replace(self, options=self.options | options)
+
     def template_variables(self) -> set[str]:
         """Names that the chat template reads."""
         return jinja2.meta.find_undeclared_variables(_environment().parse(self.template))
 
     def template_fingerprint(self) -> str:
-        """Sixteen hex digits of the template and of the special tokens that it writes."""
+        """Sixteen hex digits of the template, its options and the special tokens that it writes."""
         names = self.template_variables()
         used = {name: token for name, token in self.special.items() if name in names}
-        return _digest([self.template, used])
+        return _digest([self.template, used, *([self.options] if self.options else [])])
 
 
 def load(path: str | Path) -> Tokenizer:
@@ -137,6 +152,22 @@ def load(path: str | Path) -> Tokenizer:
         backend=backend,
         compiled=compiled,
     )
+
+
+def template_options(text: str | None) -> dict[str, Any]:
+    """Variables for the chat template of "enable_thinking=False, name='x'"; {} of None."""
+    if text is None:
+        return {}
+    try:
+        call = ast.parse(f"options({text})", mode="eval").body
+        if not isinstance(call, ast.Call) or call.args or any(k.arg is None for k in call.keywords):
+            raise SyntaxError("only key=value")
+        return {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(
+            f"template options {text!r} are not of the form key=value, key=value with Python "
+            f"literals ({error}); write enable_thinking=False, say"
+        ) from error
 
 
 def differences(
