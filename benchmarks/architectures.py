@@ -87,9 +87,7 @@ def main():
     print(f"Made by `python benchmarks/{Path(__file__).name} > docs/architectures.md`: tiny random")
     print("models in float32, left-padded rows longer than every window and stretched context.")
     print("Import and export go through files; largest absolute differences of logits, whose")
-    print(
-        f"standard deviation is the order of 1; greedy tokens are decoded with the cache.\n\n{HEAD}"
-    )
+    print(f"standard deviation is 1 to 2; greedy tokens are decoded with the cache.\n\n{HEAD}")
     for name, cfg in families.MODELS.items():
         with tempfile.TemporaryDirectory() as directory:
             import_, export, error, share = both_ways(cfg, Path(directory))
