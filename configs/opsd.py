@@ -1,14 +1,15 @@
 """OPSD: a model taught by itself, which sees the solution (on-policy self-distillation).
 
-A = log T - log S at each token that the student samples: S reads the problem, and T is the student's
-initial weights reading the problem and its solution. No other model takes part. arXiv 2601.18734;
-with the sampled-token estimate of the reverse KL instead of their full divergence.
+A = log T - log S at each token that the student samples: S reads the problem, T the problem and its
+solution, and T's weights are the student's initial ones. No other model takes part. arXiv
+2601.18734; with the sampled-token estimate of the reverse KL instead of their full divergence.
 
     python -m gopd_jax.main --config=configs/opsd.py
     python -m gopd_jax.main --config=configs/opsd.py:ema      # T follows the student, decay 0.9
     python -m gopd_jax.main --config=configs/opsd.py:tiny     # two steps, seconds
 
-Expected: EXPECTED
+Expected: math 90 %, code 99 % (the start, 44, 49; the teacher, with the solution in sight, 92, 99),
+in 2 minutes.
 
 The teacher is evaluated as it teaches, with the solution in sight. With a model and problems of
 your own, whose rows have a worked "completion" (or --config.teachers.self.context=context for a
@@ -25,8 +26,8 @@ from gopd_jax.microworld import preset
 
 
 def get_config(arg: str | None = None) -> Config:
-    """arg: "frozen" (or None) or "ema", what the teacher's weights are; and "tiny"."""
-    words = preset.words(arg, "frozen", "ema")
+    """arg: None, or "ema" for a teacher that follows the student; and "tiny"."""
+    words = preset.words(arg, "ema")
     moving = "ema" in words
     c = preset.two_teachers("runs/opsd" + ("_ema" if moving else ""))
     c.student = preset.model("open_book")

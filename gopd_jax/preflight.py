@@ -196,7 +196,8 @@ def against_student(probe: Probe, name: str, role: Role) -> list[Check]:
             name,
             "KL at the first token",
             at_first,
-            warn_above=max(NEAR, FIRST_TOKEN * kl),
+            # A context is there to make a difference from the first token on.
+            warn_above=max(NEAR, FIRST_TOKEN * kl) if role.reader.context is None else math.inf,
             says="the prompt does not end as this model expects; compare its template and its "
             "template options with the student's",
         ),
@@ -279,6 +280,7 @@ def _bound(
     warned |= warn_below is not None and value < warn_below
     verdict = "fail" if failed else "warn" if warned else "ok"
     limit = f"at most {above:.4g}" if above is not None else f"at least {below:.4g}"
+    limit = "none" if above == math.inf else limit
     return Check(
         role=role,
         name=name,

@@ -29,7 +29,11 @@ def source(path, cfg, dtype=ml_dtypes.bfloat16, tied_head=False, **changes):
     save_file(tensors, path / hf.WEIGHTS, metadata={"format": "pt"})
     config = json.loads((path / "ours" / "config.json").read_text())
     del config["dtype"]
-    config |= {"torch_dtype": np.dtype(dtype).name, "transformers_version": "4.51.0", "né": [1]}
+    config |= {
+        "torch_dtype": np.dtype(dtype).name,
+        "transformers_version": "4.51.0",
+        "_name_or_path": "né",
+    }
     shutil.rmtree(path / "ours")
     (path / "config.json").write_text(json.dumps(config, indent=3, ensure_ascii=False))
     for name in KEPT:

@@ -26,7 +26,7 @@ ARGUMENTS = {
     "strong_to_weak": [None, "student", "teacher"],
     "sft": [None],
     "grpo": [None, "math", "code"],
-    "opsd": [None, "frozen", "ema"],
+    "opsd": [None, "ema"],
     "qwen3": [None],
 }
 EVERY = [(name, word) for name, words in ARGUMENTS.items() for word in words]
@@ -213,6 +213,7 @@ def test_a_preset_is_read_by_its_path_from_any_directory(tmp_path, name):
 )
 def test_the_tiny_form_makes_two_steps(world, name, word):
     config = preset(name, shrunk(word))
+    config.preflight = "off"  # of random models
     summary = train.run(config)
     assert (summary.step, config.steps) == (2, 2)
     rows = [json.loads(line) for line in (summary.workdir / "metrics.jsonl").open()]

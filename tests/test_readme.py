@@ -14,7 +14,7 @@ from ml_collections import config_flags
 
 import gopd_jax.main  # noqa: F401  its flags are defined on import
 from gopd_jax import generate, score
-from gopd_jax.config import Config
+from gopd_jax.config import Config, Lora
 from gopd_jax.records import plain, record
 
 ROWS = {"gopd_jax.score": score, "gopd_jax.generate": generate}  # commands with absl's flags
@@ -80,7 +80,7 @@ def test_settings_and_presets_in_its_text_are_accepted(monkeypatch):
         node = parsed(["--config=configs/exopd.py"], monkeypatch)
         for name in setting.split("."):
             assert hasattr(node, name), setting
-            node = getattr(node, name)
+            node = Lora() if name == "lora" else getattr(node, name)
     for text in texts:
         if text.startswith("config="):
             assert isinstance(parsed([f"--{text}"], monkeypatch), Config)
@@ -133,9 +133,11 @@ def test_its_rows_of_data_are_problems():
 
 
 def test_its_preset_lacks_nothing_but_the_readers_files():
-    (block,) = blocks("python")
+    block, teachers = blocks("python")
     namespace = {}
     exec(block, namespace)
+    exec(teachers, names := {})
+    assert {*names["routes"].values()} == names["teachers"].keys()
     config = namespace["get_config"]()
     found = config.problems()
     assert all("models/" in problem or ".jsonl" in problem for problem in found)

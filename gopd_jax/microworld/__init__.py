@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-NAMES = ("base", "teacher_math", "teacher_code", "large_base", "large_teacher")
+NAMES = ("base", "teacher_math", "teacher_code", "large_base", "large_teacher", "open_book")
 
 
 def path(name: str) -> str:
