@@ -79,8 +79,9 @@ def test_settings_and_presets_in_its_text_are_accepted(monkeypatch):
     for setting in settings:
         node = parsed(["--config=configs/exopd.py"], monkeypatch)
         for name in setting.split("."):
-            assert hasattr(node, name), setting
-            node = Lora() if name == "lora" else getattr(node, name)
+            assert (name in node) if isinstance(node, dict) else hasattr(node, name), setting
+            node = node[name] if isinstance(node, dict) else getattr(node, name)
+            node = Lora() if name == "lora" else node
     for text in texts:
         if text.startswith("config="):
             assert isinstance(parsed([f"--{text}"], monkeypatch), Config)
