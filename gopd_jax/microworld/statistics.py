@@ -269,21 +269,26 @@ def plot(results: Sequence[dict], directory: Path) -> list[Path]:
     with matplotlib.rc_context(PLOT_STYLE):
         figure = Figure(figsize=(7.2, 6.0), layout="constrained")
         top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1.4))
+        levels = {}
         for task in TASKS:
             _curve(top, found, lams, task, label=task)
             if level := values(found, f"teacher_{task}", task):
-                height = 100 * float(np.mean(level))
-                top.axhline(height, color=COLOURS[task], linewidth=1.2, linestyle=(0, (5, 3)))
-                top.annotate(
-                    f"{task} teacher",
-                    (1.0, height),
-                    xycoords=("axes fraction", "data"),
-                    xytext=(0, 3),
-                    textcoords="offset points",
-                    ha="right",
-                    color=COLOURS[task],
-                    fontsize=8.5,
-                )
+                levels[task] = 100 * float(np.mean(level))
+        for task, height in levels.items():
+            # The higher line's name goes above it, another's below: they may lie close together.
+            above = height == max(levels.values())
+            top.axhline(height, color=COLOURS[task], linewidth=1.2, linestyle=(0, (5, 3)))
+            top.annotate(
+                f"{task} teacher",
+                (1.0, height),
+                xycoords=("axes fraction", "data"),
+                xytext=(0, 3 if above else -3),
+                textcoords="offset points",
+                ha="right",
+                va="bottom" if above else "top",
+                color=COLOURS[task],
+                fontsize=8.5,
+            )
         _curve(bottom, found, lams, "length", label="length")
         top.set_ylabel("held-out problems solved, %")
         top.legend(frameon=False, loc="lower right")
