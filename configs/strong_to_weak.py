@@ -9,9 +9,8 @@ section 3.
     python -m gopd_jax.main --config=configs/strong_to_weak.py:teacher     # R = the teacher's base
     python -m gopd_jax.main --config=configs/strong_to_weak.py:teacher,tiny     # two steps, seconds
 
-Expected: math 84 %, code 91 % with the student's base as R, 82 and 91 % with the teacher's, which
-over
-three seeds is no difference (teacher 85, 86; base 46, 49), in 2 minutes.
+Expected: math 84 %, code 91 % with the student's base as R, 82 and 91 % with the teacher's,
+which over three seeds is no difference (teacher 85, 86; base 46, 49), in 2 minutes.
 
 With models and problems of your own:
 
