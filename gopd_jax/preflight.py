@@ -85,18 +85,24 @@ def of_role(probe: Probe, name: str, role: Role) -> list[Check]:
     view = probe.view(role)
     logp_BT, entropy_BT = probe.judge(role, probe.rollout, view)
     entropy = mean(entropy_BT, probe.mask_BT)
-    weights = Check(role=name, name="weights", value=role.digest[:12], limit="sha256")
+    chat = role.tokenizer
+    told = {
+        "weights": (role.digest[:12], "sha256"),
+        "template": (chat.template_fingerprint()[:12], "sha256"),
+        "ends": (" ".join(chat.contents[i] for i in chat.eos_ids), "its own"),
+    }
+    facts = [Check(role=name, name=n, value=v, limit=limit) for n, (v, limit) in told.items()]
     if not np.isfinite(logp_BT).all():
         says = "its weights or activations are not finite; load the checkpoint again"
         bad = {"value": "nan", "limit": "finite", "verdict": "fail", "says": says}
-        return [weights, Check(role=name, name="log-probs", **bad)]
+        return [*facts, Check(role=name, name="log-probs", **bad)]
     text, what = probe.text(role)
     limit = -probe.ln_v
     if name != "student":
         limit = max(limit, TIMES * probe.text(probe.student)[0] - MORE)
     own = probe.own(role)
     return [
-        weights,
+        *facts,
         _bound(
             name,
             "entropy, nats a token",

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import tiny
 
-from gopd_jax import main, train
+from gopd_jax import data, main, sharding, step, train
+from gopd_jax.models import decoder as lm
 from gopd_jax.models import hf
 from gopd_jax.models import params as lm_params
 
@@ -106,6 +107,32 @@ def test_a_teacher_of_another_tokenizer_is_named_with_the_ids_that_differ(root):
     assert f"teacher:math {root}/teacher_math (512 ids) and student {root}/base (512 ids)" in said
     assert f"differ in 2 ids (id {min(i, j)}: student" in said
     assert "give a teacher:math of the student's tokenizer" in said
+
+
+def test_an_embedding_with_more_rows_than_the_students_is_as_good(root):
+    """Qwen2.5 pads its table to 151,936 rows or to 152,064, for the same tokens."""
+    cfg = tiny.dataclasses.replace(tiny.CFG, vocab_size=640)
+    params = lm_params.init(cfg, jax.random.key(7))
+    hf.save(root / "teacher_math", cfg, params, tokenizer_dir=root / "tokenizer")
+    this = train.prepare(tiny.config(root))
+    assert [d.cfg.vocab_size for d in this.recipe.teachers] == [640, 512]
+    assert this.recipe.n_vocab == 512  # further rows are neither drawn nor given any mass
+    prompts = data.prompts(this.train, this.student.reader, 0, seed=0, n_prompts=8, rollouts=1)
+    rows = sharding.to_global(this.mesh, prompts.replace(records=()))
+    state = step.init_state(this.recipe, this.student.params)
+    advance = step.fused(this.recipe)
+    _, rollout, found = advance(state, this.frozen, rows, jax.random.key(0))
+    assert rollout.tokens_BL.max() < 512
+    teacher, own = this.recipe.teachers[0], this.frozen.teachers[0]
+    hidden = lm.hidden(teacher, own, rollout.tokens_BL, rollout.valid_BL)
+    logp = jax.nn.log_softmax(lm.logits(teacher, own, hidden)[:, :-1, :512])
+    logp = np.take_along_axis(np.asarray(logp), np.asarray(rollout.tokens_BL)[:, 1:, None], 2)
+    mask_BT = np.asarray(rollout.mask_BT)
+    gap_BT = np.asarray(rollout.logp_BT) - logp[..., 0]
+    got = found["kl_teacher_task"]
+    np.testing.assert_allclose(
+        got.total[0] / got.count[0], gap_BT[:4][mask_BT[:4]].mean(), rtol=1e-4
+    )
 
 
 def test_an_embedding_with_fewer_rows_than_the_tokenizer_has_ids(root):

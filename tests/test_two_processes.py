@@ -65,6 +65,20 @@ def same_run(got, want):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=2e-5), a, b)
 
 
+def same_preflight(got, want):
+    """The same checks of the same rows; their values are written to four digits."""
+    found, wanted = (json.loads((path / "preflight.json").read_text()) for path in (got, want))
+    assert found["example"] == wanted["example"]
+    assert len(found["checks"]) == len(wanted["checks"]) > 10
+    for check, other in zip(found["checks"], wanted["checks"]):
+        assert (check["role"], check["name"]) == (other["role"], other["name"])
+        if not check["limit"].startswith("at "):
+            assert check == other
+        elif check["role"] != "student":  # there, rounding itself is what is measured
+            a, b = float(check["value"]), float(other["value"])
+            np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-4)
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     """Models and data."""
@@ -78,9 +92,10 @@ def root(tmp_path_factory):
 
 @pytest.mark.slow
 def test_two_processes_train_the_same_student_and_each_continues_the_other(root, tmp_path):
-    one(root, f"--config.workdir={tmp_path}/one")
-    out, err = two(root, f"--config.workdir={tmp_path}/two")
+    one(root, f"--config.workdir={tmp_path}/one", "--config.preflight=warn")
+    out, err = two(root, f"--config.workdir={tmp_path}/two", "--config.preflight=warn")
     same_run(tmp_path / "two", tmp_path / "one")
+    same_preflight(tmp_path / "two", tmp_path / "one")
     (last,) = [line for line in out.splitlines() if "continue with" in line]
     assert last.startswith(f"0: report: {tmp_path}/two/report.html")
     assert "Traceback" not in err
