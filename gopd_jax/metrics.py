@@ -241,8 +241,7 @@ def _figures(row: dict[str, float], timing: dict[str, float]) -> str:
 class Progress:
     """A live bar of a run's steps on a terminal; elsewhere a plain line every `period` seconds.
 
-    total, start: the last step, and the step that the run continues from. unit: what a step is
-    called there. Output goes to stderr.
+    total, start: the last step, and the one that the run continues from. unit: a step's name there.
     """
 
     def __init__(
@@ -256,8 +255,7 @@ class Progress:
         period: float = 5.0,
         clock=time.monotonic,
     ):
-        self._unit = unit
-        self._total, self._step, self._enabled = total, start, enabled
+        self._unit, self._total, self._step, self._enabled = unit, total, start, enabled
         self._console = console or Console(stderr=True)
         self._live = enabled and self._console.is_terminal and not self._console.is_dumb_terminal
         self._period, self._clock = period, clock
