@@ -230,7 +230,7 @@ CASES = (
         break_it=weights(
             each(lambda n, x: np.where(np.arange(x.size).reshape(x.shape), x, np.nan))
         ),
-        says="teacher:math: .*not finite",
+        says="teacher:math: .*NaN or infinite",
     ),
     Case(
         name="the teacher's base in the teacher's place (an adapter that was not merged)",

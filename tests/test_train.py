@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny
 
-from gopd_jax import checkpoint, metrics, train
+from gopd_jax import checkpoint, metrics, results, train
 from gopd_jax.models import hf
 from gopd_jax.signals import stop_signals
 from gopd_jax.verifiers import verify
@@ -148,7 +148,7 @@ def crashing(monkeypatch, owner, name, at, *, after=True):
         pytest.param(metrics.Writer, "samples", 2, marks=pytest.mark.slow),
         pytest.param(metrics.Writer, "write", 5, marks=pytest.mark.slow),
         pytest.param(checkpoint, "save", 2, marks=pytest.mark.slow),
-        pytest.param(train, "_export", 1, marks=pytest.mark.slow),
+        pytest.param(results, "export", 1, marks=pytest.mark.slow),
     ],
     ids=lambda x: getattr(x, "__name__", str(x)),
 )
