@@ -250,17 +250,17 @@ CASES = (
     Case(
         name="layers of another checkpoint",
         break_it=weights(each(lambda n, x: random(n, x) if "layers.2" in n else x)),
-        says="teacher:math: log-prob of the data's completions",
+        says="teacher:math: log-prob of the data",
     ),
     Case(
         name="rope base 100 instead of 10,000",
         break_it=config_json(rope_theta=100.0, rope_parameters=None),
-        says="teacher:math: log-prob of the data's completions",
+        says="teacher:math: log-prob of the data",
     ),
     Case(
         name="another chat template in the teacher's directory",
         break_it=template("{% for m in messages %}{{ m.content }}\n\n{% endfor %}"),
-        says="teacher:math: log-prob of the data's completions",
+        says="teacher:math: log-prob of the data",
     ),
     Case(
         name="no generation prompt at the end of the teacher's template",
@@ -268,7 +268,7 @@ CASES = (
             "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
             "<|im_end|>\n{% endfor %}"
         ),
-        says="teacher:math: log-prob of the data's completions",
+        says="teacher:math: log-prob of the data",
     ),
     Case(
         name="template option that the template does not know",
@@ -345,17 +345,17 @@ CASES = (
     Case(
         name="log-probs shifted by one position",
         break_it=shifted_mask,
-        says="student: sampler against scorer",
+        says="student: sampler - scorer",
     ),
     Case(
         name="sampler and scorer at different temperatures",
         break_it=other_temperature,
-        says="student: sampler against scorer",
+        says="student: sampler - scorer",
     ),
     Case(
         name="padding attended to in scoring",
         break_it=padding_attended,
-        says="student: sampler against scorer",
+        says="student: sampler - scorer",
     ),
 )
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from rich import box
 from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
@@ -33,7 +34,8 @@ NEAR, APART = 0.5, 2.0  # KL of the student to a teacher: usual up to the one, b
 # Of the data's completions, which a teacher ought to find likelier than the student does: how many
 # times the student's nats, and how many more, it may take.
 TIMES, MORE = 2.0, 0.3
-FIRST_TOKEN = 3.0  # times the mean KL: where two templates do not meet, the first token shows it
+# KL at the first token, which shows where two templates do not meet, in nats and times the mean.
+FIRST_TOKEN, FIRST_TIMES = 1.5, 3.0
 OTHER_END = 0.1  # share of a teacher's mass on an end token that the student does not stop at
 # Sampler and scorer take the same sums in another order. bfloat16 rounds each of them.
 SAME = {"float32": 1e-3, "bfloat16": 0.25}
@@ -116,7 +118,7 @@ def of_role(probe: Probe, name: str, role: Role) -> list[Check]:
             f"log-prob of {what}",
             text,
             # Words of a prompt are nothing that every model was trained on.
-            fail_below=limit if what == "the data's completions" else None,
+            fail_below=limit if what == "the data" else None,
             warn_below=limit,
             says=f"the student's is {probe.text(probe.student)[0]:.4g} and a guess's "
             f"{-probe.ln_v:.4g}: its ids, its config.json (rope, norms, heads), some of its layers "
@@ -124,7 +126,7 @@ def of_role(probe: Probe, name: str, role: Role) -> list[Check]:
         ),
         _bound(
             name,
-            "log-prob of its likeliest completion",
+            "log-prob of own text",
             own,
             fail_below=OWN_TEXT,
             says="it does not follow itself: wrong weights, config.json or template",
@@ -139,7 +141,7 @@ def of_student(probe: Probe) -> list[Check]:
     checks = [
         _bound(
             "student",
-            "sampler against scorer, nats",
+            "sampler - scorer, nats",
             float(gap_BT[probe.mask_BT].max()),
             fail_above=SAME[dtype],
             says="the log-probs of sampling and of training part: another temperature, mask or "
@@ -165,7 +167,7 @@ def of_student(probe: Probe) -> list[Check]:
         checks.append(
             _bound(
                 "student",
-                "|advantage| as its own teacher",
+                "|A| as own teacher",
                 float(np.abs(np.asarray(advantage_BT)[probe.mask_BT]).max()),
                 fail_above=SAME_FORWARD if dtype == "float32" else SAME[dtype],
                 says="teacher and student see other rows or positions; report this",
@@ -191,7 +193,7 @@ def against_student(probe: Probe, name: str, role: Role) -> list[Check]:
     checks = [
         _bound(
             name,
-            "KL(student || it), nats a token",
+            "KL from the student",
             kl,
             fail_above=APART,
             warn_above=NEAR,
@@ -203,7 +205,9 @@ def against_student(probe: Probe, name: str, role: Role) -> list[Check]:
             "KL at the first token",
             at_first,
             # A context is there to make a difference from the first token on.
-            warn_above=max(NEAR, FIRST_TOKEN * kl) if role.reader.context is None else math.inf,
+            warn_above=max(FIRST_TOKEN, FIRST_TIMES * kl)
+            if role.reader.context is None
+            else math.inf,
             says="the prompt does not end as this model expects; compare its template and its "
             "template options with the student's",
         ),
@@ -301,14 +305,18 @@ def show(report: Report, console: Console | None = None) -> None:
     """The table and the example on stderr: prompt dim, what the student learns from in green."""
     console = console or Console(stderr=True)
     roles = list(dict.fromkeys(check.role for check in report.checks))
-    table = Table(Column("preflight", no_wrap=True), *roles, "limit")
+    table = Table(Column("preflight", no_wrap=True), *roles, box=box.SIMPLE_HEAD)
     by_name: dict[str, dict[str, Check]] = {}
     for check in report.checks:
         by_name.setdefault(check.name, {})[check.role] = check
     for name, checks in by_name.items():
         cells = [checks.get(role) for role in roles]
-        shown = [Text(c.value, style=COLOURS[c.verdict]) if c else Text("") for c in cells]
-        table.add_row(name, *shown, next(iter(checks.values())).limit)
+        # Eight digits tell two models apart, and four models fit beside each other.
+        shown = [
+            (c.value[:8] if c.limit == "sha256" else c.value, c.verdict) if c else ("", "ok")
+            for c in cells
+        ]
+        table.add_row(name, *(Text(value, style=COLOURS[verdict]) for value, verdict in shown))
     console.print(table)
     for check in report.checks:
         if check.verdict != "ok":

@@ -100,11 +100,11 @@ class Probe:
         chat, length = role.tokenizer, self.recipe.completion_length
         every = (record for of_task in self.run.train.records.values() for record in of_task)
         if all(record.completion is not None for record in every):  # on each process alike
-            what = "the data's completions"
+            what = "the data"
             ids = [chat.encode(record.completion) for record in records]
             prompts = data.of_records(records, role.reader)
         else:
-            what = "the prompts' words"
+            what = "prompts"
             words = [chat.encode(record.messages[-1]["content"]) for record in records]
             ids = [row[1:] for row in words]
             first = padded([row[:1] for row in words], 1, chat.pad_id, left=True)

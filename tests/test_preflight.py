@@ -50,9 +50,9 @@ def test_the_right_setup_passes(right):
     assert by_role.keys() == {"student", "reference", "teacher:math", "teacher:code"}
     for role in begun.this.roles:
         assert by_role[role]["weights"] == begun.this.roles[role].digest[:12]
-    assert float(by_role["reference"]["KL(student || it), nats a token"]) == 0
-    assert 0 < float(by_role["teacher:math"]["KL(student || it), nats a token"]) < 0.5
-    assert float(by_role["student"]["|advantage| as its own teacher"]) == 0
+    assert float(by_role["reference"]["KL from the student"]) == 0
+    assert 0 < float(by_role["teacher:math"]["KL from the student"]) < 0.5
+    assert float(by_role["student"]["|A| as own teacher"]) == 0
 
 
 def test_the_example_is_one_row_and_what_is_learnt_is_its_completion(right):
@@ -70,7 +70,7 @@ def test_it_is_shown_and_kept(right, tmp_path):
     console = Console(record=True, width=150, force_terminal=True)
     preflight.show(report, console)
     printed = console.export_text(styles=True)
-    assert "KL(student || it)" in printed
+    assert "KL from the student" in printed
     assert "\x1b[32m" in printed  # green
     preflight.write(report, tmp_path)
     kept = json.loads((tmp_path / "preflight.json").read_text())
