@@ -305,7 +305,7 @@ def show(report: Report, console: Console | None = None) -> None:
     """The table and the example on stderr: prompt dim, what the student learns from in green."""
     console = console or Console(stderr=True)
     roles = list(dict.fromkeys(check.role for check in report.checks))
-    table = Table(Column("preflight", no_wrap=True), *roles, box=box.SIMPLE_HEAD)
+    table = Table(Column("preflight", no_wrap=True), *roles, box=box.SIMPLE_HEAD, pad_edge=False)
     by_name: dict[str, dict[str, Check]] = {}
     for check in report.checks:
         by_name.setdefault(check.name, {})[check.role] = check

@@ -75,14 +75,21 @@ def _read(workdir: Path, name: str) -> Run:
             f"{workdir} has no {METRICS}; give the workdir of a run, --workdir=DIR, that "
             "`python -m gopd_jax.main` has trained in"
         )
-    info = workdir / "run.json"
+    info, checked = workdir / "run.json", workdir / "preflight.json"
+    described = json.loads(info.read_text()) if info.is_file() else {}
+    if checked.is_file():
+        described["preflight"] = {
+            f"{check['role']}: {check['name']}": f"{check['value']} ({check['limit']}): "
+            f"{check['verdict']} {check['says']}".rstrip()
+            for check in json.loads(checked.read_text())["checks"]
+        }
     return Run(
         name=name,
         metrics=read_rows(workdir / METRICS),
         timing=read_rows(workdir / TIMING),
         evaluation=read_rows(workdir / EVALUATION),
         samples=read_rows(workdir / SAMPLES),
-        info=json.loads(info.read_text()) if info.is_file() else {},
+        info=described,
     )
 
 
@@ -227,11 +234,12 @@ def _flat(value, prefix: str = "") -> dict[str, str]:
 
 
 def _settings(runs: list[Run]) -> list[dict]:
-    """The tables of run.json: title, rows of (key, a text for each run, whether these differ)."""
+    """The tables of run.json and preflight.json: title, rows of (key, a text for each run, whether these differ)."""
     found = []
     for title, key in (
         ("Settings", "config"),
         ("Models", "models"),
+        ("Preflight", "preflight"),
         ("Environment", "environment"),
         ("Identity", "identity"),
     ):

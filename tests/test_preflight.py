@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from benchmarks import wrong_setups
-from gopd_jax import preflight, scoring, train
+from gopd_jax import preflight, report, scoring, train
 from gopd_jax.models import decoder as lm
 
 QUICK = ("teacher with random", "the teacher's base", "fingerprints", "temperatures", "end with")
@@ -94,6 +94,15 @@ def test_a_run_that_may_not_be_refused_goes_on_with_what_was_found(tmp_path, cap
     assert "fail: teacher:math: other than the student is no" in capsys.readouterr().err
     kept = json.loads((tmp_path / "run" / "preflight.json").read_text())
     assert "fail" in {check["verdict"] for check in kept["checks"]}
+
+
+def test_the_report_has_it(right, tmp_path):
+    preflight.write(right[2], tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
+    page = report.write(tmp_path).read_text()
+    assert "<summary>Preflight</summary>" in page
+    assert "teacher:math: other than the student" in page
+    assert "yes (yes): ok" in page
 
 
 def test_a_number_that_is_none_fails():
