@@ -234,7 +234,10 @@ def _flat(value, prefix: str = "") -> dict[str, str]:
 
 
 def _settings(runs: list[Run]) -> list[dict]:
-    """The tables of run.json and preflight.json: title, rows of (key, a text for each run, whether these differ)."""
+    """The tables of run.json and preflight.json.
+
+    A title, and rows of (key, a text for each run, whether these differ).
+    """
     found = []
     for title, key in (
         ("Settings", "config"),
