@@ -1,6 +1,7 @@
 """What a run needs, loaded and checked before anything is compiled."""
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -93,7 +94,7 @@ def prepare(config: settings.Config) -> Run:
             reference=roles["reference"].params if goal.reference else None,
             base=lora.split(roles["student"].params)[1],
         ),
-        identity=_identity(c, roles, train, test),
+        identity=_identity(c, roles, train, test, stop),
     )
 
 
@@ -143,7 +144,7 @@ def _recipe(c: settings.Config, mesh, goal, roles, teachers: tuple[str, ...], st
     )
 
 
-def _identity(c: settings.Config, roles: dict[str, Role], train, test) -> dict[str, str]:
+def _identity(c: settings.Config, roles: dict[str, Role], train, test, stop) -> dict[str, str]:
     """What a continued run has to share with the run that it continues."""
     return {
         **settings.identity(c),
@@ -151,6 +152,8 @@ def _identity(c: settings.Config, roles: dict[str, Role], train, test) -> dict[s
         "data.train content": train.identity,
         "data.test content": test.identity,
         "tokenizer": roles["student"].tokenizer.fingerprint(),
+        "ends of completions": json.dumps(stop),
+        **{f"reader of {name}": role.reader.fingerprint() for name, role in roles.items()},
     }
 
 
