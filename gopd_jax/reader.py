@@ -85,14 +85,16 @@ def find_context(text: str | None) -> Callable[[Record], Messages] | None:
 class Reader:
     """One role's way from a Record to token ids.
 
-    length: tokens that a prompt may have; setting: its name, for messages. context: a function of
-    CONTEXTS or a user's; None shows the plain prompt. The template's options are the tokenizer's.
+    length: tokens that a prompt may have; setting: its name, for messages. width: of the rows,
+    where other roles' are longer. context: a function of CONTEXTS or a user's; None shows the plain
+    prompt. The template's options are the tokenizer's.
     """
 
     tokenizer: Tokenizer
     length: int
     context: Callable[[Record], Messages] | None = None
     setting: str = "data.prompt_length"
+    width: int | None = None
 
     def ids(self, record: Record) -> list[int]:
         """ValueError names the record where template or context refuse it."""
@@ -111,7 +113,7 @@ class Reader:
     def prompts(self, records: Sequence[Record]) -> tuple[np.ndarray, np.ndarray]:
         """(tokens_BP int32 left-padded, valid_BP bool). ValueError counts those that do not fit."""
         ids = each_once(self.ids, records, self.length, "prompts", self.setting)
-        return padded(ids, self.length, self.tokenizer.pad_id, left=True)
+        return padded(ids, self.width or self.length, self.tokenizer.pad_id, left=True)
 
     def fingerprint(self) -> str:
         """Sixteen hex digits of what makes its prompts: ids, template, options, context's code."""
