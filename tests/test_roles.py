@@ -1,9 +1,13 @@
 """What is checked of roles that read otherwise than the student, on loading and in preflight."""
 
+import json
+
 import pytest
 import tiny
 
-from gopd_jax import train
+from benchmarks import wrong_setups
+from gopd_jax import microworld, preflight, train
+from gopd_jax.config import Model, Objective
 
 
 @pytest.fixture(scope="module")
@@ -41,3 +45,42 @@ def test_prompts_as_a_teacher_reads_them_are_held_against_its_own_limits(built, 
     }
     with pytest.raises(ValueError, match=said):
         train.prepare(tiny.config(built, teachers=teachers))
+
+
+def verdicts(c) -> dict:
+    """(role, check) -> verdict of what preflight finds."""
+    report = preflight.run(train.begin(c).this)
+    return {(check.role, check.name): check.verdict for check in report.checks}
+
+
+def test_a_teacher_that_sees_more_than_the_reference_of_its_own_weights_passes(tmp_path):
+    """And is asked about the rows that it teaches alone: the others have nothing to show it."""
+    c = wrong_setups.build(tmp_path)
+    path = str(microworld.path("open_book"))
+    c.student.path = c.reference.path = path
+    c.teachers["math"] = Model(path=path, context="solution", prompt_length=96)
+    c.evaluation.teachers = False
+    rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    for row in rows:
+        if row["task"] == "code":
+            del row["completion"]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = verdicts(c)
+    assert "fail" not in found.values()
+    assert found["teacher:math", "other than the reference"] == "ok"
+
+
+def test_a_teacher_that_writes_is_another_than_the_student_in_any_dtype(tmp_path):
+    c = wrong_setups.build(tmp_path)
+    c.teachers["math"] = Model(path=c.student.path, dtype="bfloat16")
+    c.objective, c.reference = Objective(source="teacher", advantage="imitation"), None
+    found = verdicts(c)
+    assert found["teacher:math", "other than the student"] == "fail"
+    assert found["teacher:code", "other than the student"] == "ok"
+
+
+def test_other_ends_of_a_model_in_host_memory_are_weighed(tmp_path):
+    c = wrong_setups.build(tmp_path)
+    wrong_setups.other_end(tmp_path, c)
+    c.teachers["math"].placement = "host"
+    assert verdicts(c)["teacher:math", "mass on '<|im_end|>'"] == "fail"
