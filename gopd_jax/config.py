@@ -163,11 +163,13 @@ def to_dict(config: Config) -> dict:
 
 # Settings that may change between a run and its continuation: they change no number it computes.
 MAY_CHANGE = ("workdir", "checkpoints", "preflight", "profile", "mesh")
+# Parts of others of which the same is true.
+PARTS_MAY_CHANGE = (".fingerprint", "lora.export")
 # Read from files, which are identified by their content; and where weights lie.
 BY_CONTENT = ("path", "data.train", "data.test", "placement")
 # Options of later versions: absent from a run's identity while they are off, so that a run of an
 # earlier version is continued.
-LATER = ("template", "context", "prompt_length", "follows", "stop", "fingerprint", "lora")
+LATER = ("template", "context", "prompt_length", "follows", "stop", "lora")
 
 
 def identity(config: Config) -> dict[str, str]:
@@ -179,7 +181,7 @@ def identity(config: Config) -> dict[str, str]:
     found = {}
     for key, value, kind in problems.leaves(config):
         ends = key == "steps" and config.optimizer.schedule == "constant"
-        if key.split(".")[0] in MAY_CHANGE or key.endswith(BY_CONTENT) or ends:
+        if key.split(".")[0] in MAY_CHANGE or key.endswith(BY_CONTENT + PARTS_MAY_CHANGE) or ends:
             continue
         if value is None and key.split(".")[-1] in LATER:
             continue

@@ -3,7 +3,8 @@
     python -m gopd_jax.export --workdir=RUN --out=DIR
 
 Tensor names, tied weights, config.json, tokenizer, chat template and generation_config.json are
-those of the checkpoint that the student started from, of which the run keeps what is needed.
+those of the checkpoint that the student started from, of which the run keeps what is needed; the
+ends in the last are those of sampling.stop where the run had it.
 """
 
 import argparse
@@ -34,9 +35,12 @@ def export(
     """Write the student of a run after `step` (None: its newest checkpoint); the step.
 
     dtype: stored (as in the source checkpoint), float32 or bfloat16. adapter: of a run with
-    adapters, these alone, as PEFT keeps them, instead of merged weights. ValueError where the
-    workdir holds no such run or checkpoint, or `out` something that is no checkpoint.
+    adapters, these alone, as PEFT keeps them (float32, one file), instead of merged weights.
+    ValueError where the workdir holds no such run or checkpoint, or `out` something that is no
+    checkpoint.
     """
+    if adapter and dtype != "stored":
+        raise ValueError(f"dtype is {dtype} and adapters are float32; leave out --dtype")
     if not (math.isfinite(max_shard_gb) and max_shard_gb > 0):
         raise ValueError(f"max_shard_gb is {max_shard_gb}; it is a positive number, 5 say")
     workdir, out = Path(workdir), Path(out)

@@ -23,7 +23,6 @@ from rich.text import Text
 
 from gopd_jax import sharding, step
 from gopd_jax.probe import Probe, mean
-from gopd_jax.problems import teacher_of
 from gopd_jax.setup import Role, Run
 
 # Share of ln V, the entropy of a model that knows nothing: a trained one stays far below it.
@@ -84,9 +83,9 @@ def run(this: Run) -> Report:
 
 def of_role(probe: Probe, name: str, role: Role) -> list[Check]:
     """Is it a trained model at all, of this tokenizer?"""
-    view = probe.view(role)
-    logp_BT, entropy_BT = probe.judge(role, probe.rollout, view)
-    entropy = mean(entropy_BT, probe.mask_BT)
+    mine_B = probe.mine(name)
+    logp_BT, entropy_BT = probe.judge(role, probe.rollout, probe.view(name))
+    entropy = mean(entropy_BT, probe.mask_BT & mine_B[:, None])
     chat = role.tokenizer
     told = {
         "weights": (role.digest[:12], "sha256"),
@@ -98,11 +97,12 @@ def of_role(probe: Probe, name: str, role: Role) -> list[Check]:
         says = "its weights or activations are not finite; load the checkpoint again"
         bad = {"value": "nan", "limit": "finite", "verdict": "fail", "says": says}
         return [*facts, Check(role=name, name="log-probs", **bad)]
-    text, what = probe.text(role)
+    text, what = probe.text(name, mine_B)
+    students, _ = probe.text("student", mine_B)
     limit = -probe.ln_v
     if name != "student":
-        limit = max(limit, TIMES * probe.text(probe.student)[0] - MORE)
-    own = probe.own(role)
+        limit = max(limit, TIMES * students - MORE)
+    own = probe.own(name, mine_B)
     return [
         *facts,
         _bound(
@@ -120,7 +120,7 @@ def of_role(probe: Probe, name: str, role: Role) -> list[Check]:
             # Words of a prompt are nothing that every model was trained on.
             fail_below=limit if what == "the data" else None,
             warn_below=limit,
-            says=f"the student's is {probe.text(probe.student)[0]:.4g} and a guess's "
+            says=f"the student's is {students:.4g} and a guess's "
             f"{-probe.ln_v:.4g}: its ids, its config.json (rope, norms, heads), some of its layers "
             "or its template are another model's",
         ),
@@ -178,14 +178,9 @@ def of_student(probe: Probe) -> list[Check]:
 
 def against_student(probe: Probe, name: str, role: Role) -> list[Check]:
     """Is it another model than the student, near enough to teach it, ending where it ends?"""
-    c, is_teacher = probe.run.config, name.startswith("teacher:")
-    mine_B = np.ones(len(probe.task_B), bool)
-    if is_teacher:
-        tasks = probe.run.train.tasks
-        own = np.array([f"teacher:{teacher_of(c, task)}" == name for task in tasks])
-        mine_B = own[probe.task_B]
+    mine_B = probe.mine(name)
     mask_BT = probe.mask_BT & mine_B[:, None]
-    view = probe.view(role)
+    view = probe.view(name)
     logp_BT, _ = probe.judge(role, probe.rollout, view)
     gap_BT = probe.logp_BT - logp_BT
     kl, first = mean(gap_BT, mask_BT), probe.rollout.n_prompt - 1
@@ -212,43 +207,39 @@ def against_student(probe: Probe, name: str, role: Role) -> list[Check]:
             "template options with the student's",
         ),
     ]
-    if is_teacher:
-        checks += _identity(probe, name, role, gap_BT, mask_BT)
+    if name.startswith("teacher:"):
+        checks += _identity(probe, name, role, logp_BT, mask_BT)
     if set(role.tokenizer.eos_ids) - set(probe.recipe.eos_ids):
         checks.append(_ends(probe, name, role, view, mine_B))
     return checks
 
 
-def _identity(probe: Probe, name: str, role: Role, gap_BT, mask_BT) -> list[Check]:
+def _identity(probe: Probe, name: str, role: Role, logp_BT, mask_BT) -> list[Check]:
     """A teacher has to differ from the student, and from the reference, to say anything."""
-    goal, checks = probe.run.recipe.objective, []
-    alike = role.params is not None and float(np.abs(gap_BT[mask_BT]).max()) < SAME_FORWARD
-    if goal.teacher:
-        checks.append(
-            Check(
-                role=name,
-                name="other than the student",
-                value="no" if alike else "yes",
-                limit="yes",
-                verdict="fail" if alike else "ok",
-                says="its log-probs are the student's, so there is nothing to learn; give the "
-                "trained teacher's directory, not its base"
-                if alike
-                else "",
-            )
+
+    def other(what: str, than: Role, than_BT, says: str) -> Check:
+        same = than.digest == role.digest and role.reader.reads_as(than.reader)
+        # One that follows the student leaves both with the first step.
+        same |= float(np.abs((logp_BT - than_BT)[mask_BT]).max()) < SAME_FORWARD
+        same &= role.params is not None
+        verdict = {"value": "no", "verdict": "fail", "says": says} if same else {"value": "yes"}
+        return Check(role=name, name=f"other than the {what}", limit="yes", **verdict)
+
+    checks = []
+    if probe.recipe.teachers:
+        says = (
+            "its log-probs are the student's, so there is nothing to learn; give the trained "
+            "teacher's directory, not its base"
         )
-    if goal.reference and probe.run.roles["reference"].digest == role.digest:
-        checks.append(
-            Check(
-                role=name,
-                name="other than the reference",
-                value="no",
-                limit="yes",
-                verdict="fail",
-                says="log T - log R is 0 and lambda has no effect; give the model that the "
-                "teacher was trained from, or the student's start, as the reference",
-            )
+        checks.append(other("student", probe.student, probe.logp_BT, says))
+    if probe.recipe.objective.reference:
+        reference = probe.run.roles["reference"]
+        its_BT, _ = probe.judge(reference, probe.rollout, probe.view("reference"))
+        says = (
+            "log T - log R is 0 and lambda has no effect; give the model that the teacher was "
+            "trained from, or the student's start, as the reference"
         )
+        checks.append(other("reference", reference, its_BT, says))
     return checks
 
 

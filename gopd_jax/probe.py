@@ -11,8 +11,9 @@ import math
 import jax
 import numpy as np
 
-from gopd_jax import data, sampler, scoring, sharding, step
-from gopd_jax.reader import padded
+from gopd_jax import batching, data, sampler, scoring, sharding, step
+from gopd_jax.problems import teacher_of
+from gopd_jax.reader import padded, require_fit
 from gopd_jax.setup import Role, Run
 from gopd_jax.types import Rollout, View
 
@@ -78,38 +79,60 @@ class Probe:
             rows = rows.replace(records=())
         return sharding.to_global(self.run.mesh, rows)
 
-    def view(self, role: Role) -> View | None:
+    def mine(self, name: str) -> np.ndarray:
+        """mine_B: rows that the role is asked about in training, a teacher its own tasks' alone."""
+        if not name.startswith("teacher:"):
+            return np.ones(len(self.task_B), bool)
+        c = self.run.config
+        own = [f"teacher:{teacher_of(c, task)}" == name for task in self.run.train.tasks]
+        return np.array(own)[self.task_B]
+
+    def read(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens_BP, valid_BP) of this process's rows as the role reads them.
+
+        Rows that are not its own, which may have nothing to show it, stand as the student's.
+        """
+        reader, ours = self.run.roles[name].reader, self.student.reader
+        records, width = self.prompts.records, reader.width or reader.length
+        mine = self.mine(name)[self.prompts.row_B]
+        ids = [reader.ids(r) if own else ours.ids(r)[-width:] for r, own in zip(records, mine)]
+        own = [(row, r) for row, r, is_own in zip(ids, records, mine) if is_own]
+        if own:
+            require_fit(*zip(*own), reader.length, "prompts", reader.setting)
+        return padded(ids, width, reader.tokenizer.pad_id, left=True)
+
+    def view(self, name: str) -> View | None:
         """The rows as the role reads them; None where that is as the student does."""
-        if role.reader.reads_as(self.student.reader):
+        if self.run.roles[name].reader.reads_as(self.student.reader):
             return None
-        return self.put(View(*role.reader.prompts(self.prompts.records)))
+        return self.put(View(*self.read(name)))
 
     def judge(self, role: Role, rollout: Rollout, view: View | None = None):
         """(logp_BT, entropy_BT) of the role, all rows, on the host."""
         judged = self.compiled(step.judging, role.decoder)(self.params(role), rollout, view)
         return sharding.gather(judged)
 
-    def text(self, role: Role) -> tuple[float, str]:
+    def text(self, name: str, mine_B: np.ndarray) -> tuple[float, str]:
         """(mean log-prob of the data's completions, or of its prompts' words, what it is)."""
-        if id(role) not in self.texts:
-            self.texts[id(role)] = self._text(role)
-        return self.texts[id(role)]
+        if name not in self.texts:
+            self.texts[name] = self._text(name)
+        logp_BT, mask_BT, what = self.texts[name]
+        return mean(logp_BT, mask_BT & mine_B[:, None]), what
 
-    def _text(self, role: Role) -> tuple[float, str]:
-        records = self.prompts.records
+    def _text(self, name: str) -> tuple[np.ndarray, np.ndarray, str]:
+        records, role = self.prompts.records, self.run.roles[name]
         chat, length = role.tokenizer, self.recipe.completion_length
         every = (record for of_task in self.run.train.records.values() for record in of_task)
         if all(record.completion is not None for record in every):  # on each process alike
             what = "the data"
             ids = [chat.encode(record.completion) for record in records]
-            prompts = data.of_records(records, role.reader)
+            first = self.read(name)
         else:
             what = "prompts"
             words = [chat.encode(record.messages[-1]["content"]) for record in records]
             ids = [row[1:] for row in words]
             first = padded([row[:1] for row in words], 1, chat.pad_id, left=True)
-            prompts = data.of_records(records, role.reader)
-            prompts = prompts.replace(tokens_BP=first[0], valid_BP=first[1])
+        prompts = self.prompts.replace(tokens_BP=first[0], valid_BP=first[1])
         tokens_BC, mask_BC = padded([row[:length] for row in ids], length, chat.pad_id, left=False)
         rows = sampler.assemble(
             self.put(prompts),
@@ -117,15 +140,16 @@ class Probe:
             self.put(np.ones(len(ids), bool)),
         )
         logp_BT, _ = self.judge(role, rows)
-        return mean(logp_BT, sharding.gather(rows.mask_BT)), what
+        return logp_BT, sharding.gather(rows.mask_BT), what
 
-    def own(self, role: Role) -> float:
+    def own(self, name: str, mine_B: np.ndarray) -> float:
         """Mean log-prob, under the model, of its own greedy completions."""
-        prompts = data.of_records(self.prompts.records, role.reader)
+        role, (tokens_BP, valid_BP) = self.run.roles[name], self.read(name)
+        prompts = self.prompts.replace(tokens_BP=tokens_BP, valid_BP=valid_BP)
         sample = self.compiled(step.sampling, role.decoder, greedy=True)
         rollout = sample(self.params(role), self.put(prompts), self.key)
         rollout = sharding.gather(rollout)
-        return mean(rollout.logp_BT, rollout.mask_BT)
+        return mean(rollout.logp_BT, rollout.mask_BT & mine_B[:, None])
 
     def mass_on_other_ends(self, role: Role, view: View | None) -> tuple[np.ndarray, list[str]]:
         """(mass_B on the role's ends that stop no completion, these ends).
@@ -140,6 +164,7 @@ class Probe:
         }
 
         def largest(params, rollout, view):
+            params = batching.resident(params)
             mass_BT = scoring.mass(role.decoder, params, rollout, others, view=view, **options)
             return mass_BT.max(1)
 

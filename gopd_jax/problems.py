@@ -64,9 +64,10 @@ def unused(config) -> list[str]:
     if gopd:
         paths = {name: os.path.realpath(m.path) for name, m in loaded.items() if m.path is not None}
         for name in sorted(name for name in paths if name.startswith("teachers.")):
-            if paths[name] == paths.get("reference"):
+            model, same = loaded[name], paths[name] == paths.get("reference")
+            if same and model.follows is None and _reads(model) == _reads(loaded["reference"]):
                 found.append(f"{name} is the reference, so log T - log R = 0 and lam has no effect")
-            elif paths[name] == paths.get("student") and loaded[name].context is None:
+            elif paths[name] == paths.get("student") and _reads(model) == _reads(c.student):
                 found.append(f"{name} is the student itself: before the first step log T = log S")
     return found
 
@@ -96,6 +97,11 @@ def roles(config) -> dict:
         named = dict.fromkeys(teacher_of(c, task) for task in c.data.tasks)
         found |= {f"teachers.{name}": c.teachers[name] for name in named if name in c.teachers}
     return found
+
+
+def _reads(model) -> tuple:
+    """What a model makes of a prompt besides its own files."""
+    return model.context, model.template
 
 
 def teacher_of(config, task: str) -> str:
@@ -153,6 +159,13 @@ def _choices(c) -> Iterator[str]:
     ):
         if value not in choices:
             yield f"{key} is {value!r}; it is one of {choices}"
+    for key, value, _ in leaves(c):
+        if key.endswith(".fingerprint") and value is not None and not re.match("[0-9a-f]", value):
+            yield f"{key} is {value!r}; give the digits that preflight shows under weights"
+    try:
+        re.compile(c.lora.targets if c.lora else "")
+    except re.error as error:
+        yield f"lora.targets is {c.lora.targets!r}, which is no regular expression: {error}"
 
 
 def _objective(c) -> Iterator[str]:

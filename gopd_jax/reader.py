@@ -8,8 +8,11 @@ ids are shared: what a role judges is the student's completion after the role's 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib
+import inspect
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -44,7 +47,7 @@ CONTEXTS = table(solution, answer, context)
 def _after(record: Record, text: str, value: str | None, field: str) -> Messages:
     if value is None:
         raise ValueError(f"{record.source}: the row has no {field!r}, which the context shows")
-    if "{}" not in text:
+    if not isinstance(text, str) or "{}" not in text:
         raise ValueError(f"context text {text!r} has no {{}} where the {field} goes; put it in")
     *before, last = record.messages
     if last["role"] != "user":
@@ -65,7 +68,7 @@ def find_context(text: str | None) -> Callable[[Record], Messages] | None:
         return resolve(text, CONTEXTS)
     try:
         found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, SyntaxError) as error:
         raise ValueError(
             f"context {text!r} cannot be imported: {error}; give one of {sorted(CONTEXTS)}, or "
             "module:function of a module on PYTHONPATH, which takes a Record and returns chat turns"
@@ -82,14 +85,16 @@ def find_context(text: str | None) -> Callable[[Record], Messages] | None:
 class Reader:
     """One role's way from a Record to token ids.
 
-    length: tokens that a prompt may have; setting: its name, for messages. context: a function of
-    CONTEXTS or a user's; None shows the plain prompt. The template's options are the tokenizer's.
+    length: tokens that a prompt may have; setting: its name, for messages. width: of the rows,
+    where other roles' are longer. context: a function of CONTEXTS or a user's; None shows the plain
+    prompt. The template's options are the tokenizer's.
     """
 
     tokenizer: Tokenizer
     length: int
     context: Callable[[Record], Messages] | None = None
     setting: str = "data.prompt_length"
+    width: int | None = None
 
     def ids(self, record: Record) -> list[int]:
         """ValueError names the record where template or context refuse it."""
@@ -108,7 +113,13 @@ class Reader:
     def prompts(self, records: Sequence[Record]) -> tuple[np.ndarray, np.ndarray]:
         """(tokens_BP int32 left-padded, valid_BP bool). ValueError counts those that do not fit."""
         ids = each_once(self.ids, records, self.length, "prompts", self.setting)
-        return padded(ids, self.length, self.tokenizer.pad_id, left=True)
+        return padded(ids, self.width or self.length, self.tokenizer.pad_id, left=True)
+
+    def fingerprint(self) -> str:
+        """Sixteen hex digits of what makes its prompts: ids, template, options, context's code."""
+        chat = self.tokenizer
+        made_by = chat.template_fingerprint(), chat.encoding_fingerprint(), _code(self.context)
+        return hashlib.sha256("\n".join(made_by).encode()).hexdigest()[:16]
 
     def reads_as(self, other: Reader) -> bool:
         """Whether every record has the same ids under both."""
@@ -119,6 +130,18 @@ class Reader:
             and ours.template_fingerprint() == theirs.template_fingerprint()
             and ours.encoding_fingerprint() == theirs.encoding_fingerprint()
         )
+
+
+def _code(context: Callable | None) -> str:
+    """The file of a user's context, helpers and all; "" where a setting says all there is to it."""
+    function = getattr(context, "func", context)  # options are a functools.partial
+    if function is None or function in CONTEXTS.values():
+        return ""
+    try:
+        file = inspect.getsourcefile(inspect.unwrap(function))
+    except TypeError:  # no function of Python: its name is all that can be told
+        return repr(type(function))
+    return Path(file).read_text() if file and Path(file).is_file() else ""
 
 
 def _turns(value) -> Messages:

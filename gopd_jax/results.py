@@ -50,7 +50,8 @@ def write_run(workdir: Path, this: Run) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     for half_written in workdir.glob(f".{SOURCE}.*"):
         shutil.rmtree(half_written)
-    hf.keep(this.student.directory, workdir / SOURCE)
+    ends = None if this.config.sampling.stop is None else this.recipe.eos_ids
+    hf.keep(this.student.directory, workdir / SOURCE, eos_ids=ends)
     models = {
         name: {
             "path": role.path,

@@ -1,6 +1,7 @@
 """What a run needs, loaded and checked before anything is compiled."""
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -70,8 +71,7 @@ def prepare(config: settings.Config) -> Run:
         reduction=c.objective.reduction,
     )
     uses_teachers = goal.teacher or c.objective.source == "teacher"
-    wanted = loaded_roles(c).items()
-    models = {name.replace("teachers.", "teacher:"): model for name, model in wanted}
+    models = {n.replace("teachers.", "teacher:"): model for n, model in loaded_roles(c).items()}
     problems: list[str] = []
     roles = _load_roles(models, mesh, c, problems)
     train = _try(problems, data.load, c.data.train, c.data.tasks)
@@ -93,7 +93,7 @@ def prepare(config: settings.Config) -> Run:
             reference=roles["reference"].params if goal.reference else None,
             base=lora.split(roles["student"].params)[1],
         ),
-        identity=_identity(c, roles, train, test),
+        identity=_identity(c, roles, train, test, stop),
     )
 
 
@@ -143,7 +143,7 @@ def _recipe(c: settings.Config, mesh, goal, roles, teachers: tuple[str, ...], st
     )
 
 
-def _identity(c: settings.Config, roles: dict[str, Role], train, test) -> dict[str, str]:
+def _identity(c: settings.Config, roles: dict[str, Role], train, test, stop) -> dict[str, str]:
     """What a continued run has to share with the run that it continues."""
     return {
         **settings.identity(c),
@@ -151,6 +151,8 @@ def _identity(c: settings.Config, roles: dict[str, Role], train, test) -> dict[s
         "data.train content": train.identity,
         "data.test content": test.identity,
         "tokenizer": roles["student"].tokenizer.fingerprint(),
+        "ends of completions": json.dumps(stop),
+        **{f"reader of {name}": role.reader.fingerprint() for name, role in roles.items()},
     }
 
 
@@ -171,8 +173,10 @@ def _load_roles(models: dict[str, settings.Model], mesh, c, problems) -> dict[st
         key = (at.directory.resolve(), model.placement)
         if key not in loaded:
             loaded[key] = _try(problems, _load, name, model, at, dtype, mesh, c, says=f"{name}: ")
-        length = width if name.startswith("teacher:") else _length(model, c)
-        reader = _try(problems, _reader, name, model, loaded[key], length, says=f"{name}: ")
+        elif loaded[key] is not None:  # for a role that may read more of the same model
+            _try(problems, _check_context, name, model, loaded[key][0], c, says=f"{name}: ")
+        wide = width if name.startswith("teacher:") else None
+        reader = _try(problems, _reader, name, model, loaded[key], c, wide, says=f"{name}: ")
         if loaded[key] is None or reader is None:
             continue
         cfg, params, digest, _ = loaded[key]
@@ -208,15 +212,15 @@ def _length(model: settings.Model, c: settings.Config) -> int:
     return model.prompt_length or c.data.prompt_length
 
 
-def _reader(name: str, model: settings.Model, loaded, length: int) -> Reader | None:
+def _reader(name: str, model: settings.Model, loaded, c, width: int | None) -> Reader | None:
     """How the role reads; ValueError for a context or for template options that make no sense."""
     context = find_context(model.context)
     if loaded is None:
         return None
-    *_, chat = loaded
     return Reader(
-        tokenizer=chat.with_options(model.template),
-        length=length,
+        tokenizer=loaded[-1].with_options(model.template),
+        length=_length(model, c),
+        width=width,
         context=context,
         setting=_length_setting(name, model),
     )
@@ -232,12 +236,7 @@ def _load(name: str, model: settings.Model, at: hub.Located, dtype: str, mesh, c
     cfg = hf.load_config(at.directory)
     axes = lm_params.logical_axes(cfg)
     problems = sharding.mesh_problems(mesh, lm_params.abstract_params(cfg), axes, role=name)
-    length = _length(model, c) + c.sampling.completion_length
-    if length > cfg.max_position_embeddings:
-        problems.append(
-            f"{_length_setting(name, model)} + sampling.completion_length = {length} tokens, and "
-            f"{model.path} has max_position_embeddings = {cfg.max_position_embeddings}; shorten one"
-        )
+    _try(problems, _check_context, name, model, cfg, c)
     chat = tokenizers.load(at.directory)
     if chat.vocab_size > cfg.vocab_size:
         problems.append(
@@ -259,6 +258,15 @@ def _load(name: str, model: settings.Model, at: hub.Located, dtype: str, mesh, c
         progress=lambda work: metrics.bar(work, f"loading {name}", shown),
     )
     return cfg, params, hf.weights_digest(at.directory), chat
+
+
+def _check_context(name: str, model: settings.Model, cfg: ModelConfig, c) -> None:
+    length = _length(model, c) + c.sampling.completion_length
+    if length > cfg.max_position_embeddings:
+        raise ValueError(
+            f"{_length_setting(name, model)} + sampling.completion_length = {length} tokens, and "
+            f"{model.path} has max_position_embeddings = {cfg.max_position_embeddings}; shorten one"
+        )
 
 
 def _check_contract(roles: dict[str, Role]) -> None:
@@ -313,8 +321,11 @@ def _check_data(c: settings.Config, train: data.Dataset, test: data.Dataset, rol
     for task, reader in other.get("teachers", {}).items():
         says = f"teacher {teacher_of(c, task)!r} on task {task!r}: "
         _try(problems, data.check_lengths, train.only(task), reader, says=says)
-        if c.evaluation.teachers:
-            _try(problems, data.check_lengths, test, reader, says=says)
+    for name, role in roles.items() if c.evaluation.teachers else ():
+        as_checked = role.reader.reads_as(own) and role.reader.length >= own.length
+        if name.startswith("teacher:") and not as_checked:
+            says = f"evaluating {name} (--config.evaluation.teachers=False leaves it out): "
+            _try(problems, data.check_lengths, test, role.reader, says=says)
     if "reference" in other:
         _try(problems, data.check_lengths, train, other["reference"], says="reference: ")
     _try(problems, held_out, test, c.evaluation.problems)

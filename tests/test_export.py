@@ -11,7 +11,7 @@ import tiny
 from families import MODELS, random_params, torch_load, torch_logits
 from safetensors.numpy import load_file, save_file
 
-from gopd_jax import card, export, sharding, train
+from gopd_jax import card, export, results, sharding, train
 from gopd_jax.models import hf, safetensors_out
 from gopd_jax.models import params as lm_params
 
@@ -88,6 +88,18 @@ def test_what_is_kept_of_a_source_exports_like_the_source(tmp_path):
     assert files == sorted(file.name for file in (tmp_path / "b").iterdir())
     for name in files:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("stop", [None, ("<|im_start|>", "<|im_end|>")])
+def test_an_export_ends_where_the_student_was_trained_to(tmp_path, stop):
+    tiny.build(tmp_path)
+    begun = train.begin(tiny.config(tmp_path, sampling={"stop": stop}))
+    results.write_run(tmp_path / "run", begun.this)
+    file = tmp_path / "run" / results.SOURCE / "generation_config.json"
+    before = json.loads((tmp_path / "base" / "generation_config.json").read_text())
+    ends = before["eos_token_id"] if stop is None else list(begun.this.recipe.eos_ids)
+    assert json.loads(file.read_text()) == before | {"eos_token_id": ends}
+    assert len(ends) == (88 if stop is None else 2)
 
 
 def test_another_dtype_changes_the_tensors_and_that_field_of_the_config(tmp_path):

@@ -201,6 +201,30 @@ def test_an_export_refuses_another_base(finished, tmp_path):
         file.write_text(before)
 
 
+def test_an_adapter_replaces_an_adapter_and_nothing_else(finished, tmp_path):
+    _, config, _ = finished
+    for _ in range(2):
+        export.export(config.workdir, tmp_path / "adapter", adapter=True)
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("years of work")
+    with pytest.raises(ValueError, match="thesis exists and is not a checkpoint"):
+        export.export(config.workdir, tmp_path / "thesis", adapter=True)
+    assert (tmp_path / "thesis" / "chapter.tex").read_text() == "years of work"
+    with pytest.raises(ValueError, match="leave out --dtype"):
+        export.export(config.workdir, tmp_path / "adapter", adapter=True, dtype="bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("name", "base", "revision"),
+    [("org/model@0123abc", "org/model", "0123abc"), ("./models/a@b", "./models/a@b", None)],
+)
+def test_an_adapter_names_its_base_as_peft_looks_it_up(tmp_path, name, base, revision):
+    cfg = dataclasses.replace(MODELS["qwen3"], lora=LORA)
+    lora.save_adapter(tmp_path / "out", cfg, lora.init(cfg, KEY), name, "card")
+    described = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (described["base_model_name_or_path"], described["revision"]) == (base, revision)
+
+
 @pytest.mark.torch
 def test_peft_loads_the_adapter_to_the_same_logits(finished, tmp_path):
     import torch

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from gopd_jax import problems
-from gopd_jax.config import Config, Model
+from gopd_jax.config import Config, Lora, Model
 
 
 @pytest.fixture
@@ -55,6 +55,8 @@ WRONG = {
         (True, "temperature is True, a bool; it takes float"),
     ],
     "objective.lam": [(-0.5, "lam is -0.5; it has to be 0 or more"), (math.nan, "lam is nan")],
+    "lora": [(Lora(targets="("), r"lora.targets is '\(', which is no regular expression: missing")],
+    "teachers.math.fingerprint": [("", "fingerprint is ''; give the digits that preflight shows")],
     "objective.source": [("teachers", r"source is 'teachers'; it is one of \('student'")],
     "objective.advantage": [
         ("gdpo", r"there is no 'gdpo'; there are \['gopd', 'grpo', 'imitation'\]"),
@@ -225,3 +227,12 @@ def test_lambda_without_effect_is_a_note(made, tmp_path):
 def test_a_student_that_is_its_own_teacher_is_a_note(made, tmp_path):
     (note,) = made({"teachers.math.path": str(tmp_path / "base")}).notes()
     assert note.startswith("teachers.math is the student itself")
+
+
+def test_a_teacher_with_the_references_weights_that_sees_more_has_something_to_say(made, tmp_path):
+    changes = {"objective.lam": 1.25, "reference": Model(path=str(tmp_path / "base"))}
+    changes |= {"teachers.math": Model(path=str(tmp_path / "base"))}
+    assert "teachers.math is the reference" in made(changes).notes()[0]
+    for key, value in (("context", "solution"), ("template", "think=True"), ("follows", 0.9)):
+        notes = made(changes | {f"teachers.math.{key}": value}).notes()
+        assert not any("is the reference" in note for note in notes)

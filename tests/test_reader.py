@@ -58,6 +58,8 @@ def test_a_context_says_what_a_record_lacks(name):
         CONTEXTS[name](lacking)
     with pytest.raises(ValueError, match=r"has no \{\} where the \w+ goes"):
         CONTEXTS[name](RECORD, text="nothing")
+    with pytest.raises(ValueError, match=r"context text 5 has no \{\}"):
+        CONTEXTS[name](RECORD, text=5)
     spoken = dataclasses.replace(RECORD, messages=({"role": "assistant", "content": "x"},))
     with pytest.raises(ValueError, match="its last turn is the assistant's"):
         CONTEXTS[name](spoken)

@@ -168,16 +168,21 @@ def export(
     _write(Path(path), tensors, fill, max_shard_bytes)
 
 
-def keep(source, path) -> None:
+def keep(source, path, *, eos_ids: tuple[int, ...] | None = None) -> None:
     """Copy to `path` all that `export` needs of a checkpoint besides weights.
 
-    An export then needs neither the checkpoint's directory nor that nobody has changed it.
+    An export then needs neither the checkpoint's directory nor that nobody has changed it. eos_ids:
+    what ended the completions in training, where that was not the checkpoint's own.
     """
     source = _directory(source)
     with safetensors_out.replaced(Path(path)) as new:
         for file in (source / "config.json", *_companions(source)):
             shutil.copyfile(file, new / file.name)
         _write_json(new / TENSORS, _stored_dtypes(source))
+        if eos_ids is not None:
+            file = new / "generation_config.json"
+            others = read_json(file) if file.is_file() else {}
+            _write_json(file, others | {"eos_token_id": list(eos_ids)})
 
 
 def weights_digest(path) -> str:
@@ -199,9 +204,7 @@ def _write(path: Path, tensors, fill: Callable[[Path], None], max_shard_bytes: i
     if jax.process_index() != 0:  # takes its part in gathering the tensors
         safetensors_out.write(path, tensors, max_shard_bytes=max_shard_bytes)
         return
-    is_checkpoint = (path / "config.json").is_file()
-    if path.exists() and not is_checkpoint and (path.is_file() or any(path.iterdir())):
-        raise ValueError(f"{path} exists and is not a checkpoint; choose another path or remove it")
+    safetensors_out.require_ours(path)
     with safetensors_out.replaced(path) as new:
         fill(new)
         safetensors_out.write(new, tensors, max_shard_bytes=max_shard_bytes)

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
+from gopd_jax import hub
 from gopd_jax.models.params import ModelConfig, adapted, axis_sizes, leaf, table
-from gopd_jax.models.safetensors_out import replaced
+from gopd_jax.models.safetensors_out import replaced, require_ours
 from gopd_jax.types import Params
 
 
@@ -81,8 +82,12 @@ def merge(cfg: ModelConfig, params: Params) -> Params:
 def save_adapter(path, cfg: ModelConfig, trained: Params, base_model: str, card: str) -> None:
     """Write adapters as a directory that PEFT's PeftModel.from_pretrained loads over the base.
 
-    trained: what `split` calls so, as arrays that this process has whole. card: text of README.md.
+    trained: what `split` calls so, as arrays that this process has whole. base_model: a path, or
+    ORG/NAME@COMMIT. card: text of README.md. ValueError where `path` is something else by now.
     """
+    require_ours(Path(path))
+    named = hub.parse(base_model)
+    base, revision = named if named and "@" in base_model else (base_model, None)
     tensors = {}
     for row in (row for row in table(cfg) if is_adapter(row.path)):
         for name, one in zip(row.hf_names(cfg), np.asarray(leaf(trained, row))):
@@ -91,7 +96,8 @@ def save_adapter(path, cfg: ModelConfig, trained: Params, base_model: str, card:
     described = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_model,
+        "base_model_name_or_path": base,
+        "revision": revision,
         "r": cfg.lora.rank,
         "lora_alpha": cfg.lora.alpha,
         "lora_dropout": 0.0,

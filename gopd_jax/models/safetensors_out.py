@@ -132,6 +132,14 @@ def on_host(array, place: tuple[int, ...] = ()) -> np.ndarray:
     return out
 
 
+def require_ours(path: Path) -> None:
+    """ValueError for what is there and is no checkpoint, no adapter and no empty directory."""
+    if any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
+        return
+    if path.exists() and (path.is_file() or any(path.iterdir())):
+        raise ValueError(f"{path} exists and is not a checkpoint; choose another path or remove it")
+
+
 @contextlib.contextmanager
 def replaced(path: Path) -> Iterator[Path]:
     """A new directory to fill, which becomes `path` at the end: whole or not at all."""

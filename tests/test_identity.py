@@ -1,0 +1,83 @@
+"""What a continued run has to share with its beginning: what is noticed, and what is let pass."""
+
+import json
+import shutil
+import sys
+
+import pytest
+import tiny
+
+from gopd_jax import checkpoint, config, train
+from gopd_jax.config import Lora
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    root = tmp_path_factory.mktemp("identity")
+    tiny.build(root)
+    (root / "my_hints.py").write_text(
+        "def hint(record):\n    return [{'role': 'user', 'content': 'x'}]\n"
+    )
+    rows = [json.loads(line) for line in (root / "train.jsonl").read_text().splitlines()]
+    rows = [row | {"context": "be quick"} for row in rows]
+    (root / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return root
+
+
+def identity(root, context=None):
+    c = tiny.config(root)
+    c.teachers["math"].context = context
+    return train.prepare(c).identity
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "noticed"),
+    [
+        ("train.jsonl", ("be quick", "be right"), {"data.train content"}),
+        ("my_hints.py", ("'x'", "'y'"), {"reader of teacher:math"}),
+        ("teacher_code/chat_template.jinja", ("{%", "!{%"), {"reader of teacher:code"}),
+        (
+            "base/chat_template.jinja",
+            ("{%", "!{%"),
+            {"reader of student", "reader of reference"},
+        ),
+        ("base/generation_config.json", ("89", "88"), {"ends of completions"}),
+        ("teacher_code/generation_config.json", ("89", "88"), set()),
+    ],
+)
+def test_a_file_that_changes_a_number_is_noticed(
+    built, tmp_path, monkeypatch, file, change, noticed
+):
+    root = tmp_path / "copy"
+    shutil.copytree(built, root)
+    preset = root / "preset.py"
+    preset.write_text(preset.read_text().replace(str(built), str(root)))
+    monkeypatch.syspath_prepend(root)
+    monkeypatch.delitem(sys.modules, "my_hints", raising=False)
+    before = identity(root, "my_hints:hint")
+    text = (root / file).read_text()
+    assert change[0] in text
+    (root / file).write_text(text.replace(*change, 1))
+    after = identity(root, "my_hints:hint")
+    assert {key for key in before | after if before.get(key) != after.get(key)} == noticed
+
+
+def test_what_changes_no_number_may_change(built):
+    same = tiny.config(built, lora=Lora(export="adapter"))
+    same.teachers["math"].fingerprint = "0123"
+    other = tiny.config(built, lora=Lora())
+    assert config.identity(same) == config.identity(other)
+    other.lora.rank += 1
+    assert config.identity(same) != config.identity(other)
+
+
+def test_a_checkpoint_of_the_first_version_is_continued(tmp_path):
+    old = {"seed": "0"}
+    now = old | {"reader of student": "0123", "ends of completions": "[2]"}
+    manager = checkpoint.open_manager(tmp_path, keep=1)
+    state = {"step": 1}
+    checkpoint.save(manager, 1, state, old)
+    manager.close()
+    assert checkpoint.restore(tmp_path, None, now) is not None
+    with pytest.raises(ValueError, match="seed: 0 in the checkpoint, 1 now"):
+        checkpoint.restore(tmp_path, None, now | {"seed": "1"})
