@@ -93,8 +93,14 @@ def _accuracies(workdir, step: int) -> list[str]:
         "| model | step | task | accuracy | problems x samples |",
         "|---|---:|---|---:|---:|",
         *(
-            f"| {row['model']} | {row['step']} | {row['task']} | {100 * row['accuracy']:.1f} ± "
-            f"{100 * row['stderr']:.1f} % | {row['problems']} x {row['samples']} |"
+            f"| {row['model']} | {row['step']} | {row['task']} | {_percent(row)} | "
+            f"{row['problems']} x {row['samples']} |"
             for row in rows
         ),
     ]
+
+
+def _percent(row: dict) -> str:
+    """One problem has no standard error."""
+    error = "" if row["stderr"] is None else f" ± {100 * row['stderr']:.1f}"
+    return f"{100 * row['accuracy']:.1f}{error} %"

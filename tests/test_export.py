@@ -275,6 +275,15 @@ def test_the_card_says_what_the_student_was_made_of(run):
     assert json.loads(settings) == said["config"]
 
 
+def test_the_card_of_a_run_that_was_evaluated_on_one_problem(run, tmp_path):
+    for name in ("run.json", "evaluation.jsonl"):
+        shutil.copy(run / name, tmp_path)
+    file = tmp_path / "evaluation.jsonl"
+    rows = [json.loads(line) | {"stderr": None} for line in file.read_text().splitlines()]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert f"| math | {100 * rows[0]['accuracy']:.1f} % | 3 x 2 |" in card.text(tmp_path, 4)
+
+
 def test_what_cannot_be_exported_is_said(run, tmp_path, capsys):
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)

@@ -214,6 +214,16 @@ def test_an_adapter_replaces_an_adapter_and_nothing_else(finished, tmp_path):
         export.export(config.workdir, tmp_path / "adapter", adapter=True, dtype="bfloat16")
 
 
+def test_a_longer_run_may_be_exported_in_another_form(finished, tmp_path):
+    """The export that a run has left gives way to the next, adapter or merged."""
+    _, config, summary = finished
+    for form, file in (("adapter", "adapter_model.safetensors"), ("merged", "config.json")):
+        again = dataclasses.replace(config, lora=dataclasses.replace(config.lora, export=form))
+        train.run(again)  # of which no step is left
+        assert (summary.export / file).is_file()
+    assert not (summary.export / "adapter_model.safetensors").exists()
+
+
 @pytest.mark.parametrize(
     ("name", "base", "revision"),
     [("org/model@0123abc", "org/model", "0123abc"), ("./models/a@b", "./models/a@b", None)],
