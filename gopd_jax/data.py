@@ -175,17 +175,24 @@ def of_records(records: Sequence[Record], reader: Reader) -> Prompts:
     )
 
 
-def check_lengths(dataset: Dataset, reader: Reader, *, completion_length: int | None = None) -> int:
+def check_lengths(
+    dataset: Dataset,
+    reader: Reader,
+    *,
+    completion_length: int | None = None,
+    stop: Sequence[int] = (),
+) -> int:
     """Tokens of the longest prompt, after rendering every record's.
 
     ValueError counts the prompts that are longer than reader.length and, with completion_length,
-    the completions that are missing or longer. Nothing is dropped.
+    the completions that are missing, longer, or hold an end token or one of `stop`. Nothing is
+    dropped.
     """
     everything = [record for records in dataset.records.values() for record in records]
     ids = [reader.ids(record) for record in everything]
     require_fit(ids, everything, reader.length, "prompts", reader.setting)
     if completion_length is not None:
-        _completions(everything, reader.tokenizer, completion_length)
+        _completions(everything, reader.tokenizer, completion_length, stop)
     return max(map(len, ids))
 
 
@@ -240,7 +247,7 @@ def _by_teacher(records: Sequence[Record], teachers: dict[str, Reader]) -> View:
     return View(tokens, valid)
 
 
-def _completions(records: Sequence[Record], tokenizer: Tokenizer, length: int):
+def _completions(records: Sequence[Record], tokenizer: Tokenizer, length: int, stop=()):
     """(completion_BC, completion_mask_BC) of the records' own completions, right-padded."""
     distinct = {id(record): record for record in records}.values()
     if lacking := [record.source for record in distinct if record.completion is None]:
@@ -249,7 +256,7 @@ def _completions(records: Sequence[Record], tokenizer: Tokenizer, length: int):
             f"{lacking[0]}; objective.source = 'data' needs one in each"
         )
     ids = each_once(
-        lambda record: _completion(record, tokenizer),
+        lambda record: _completion(record, tokenizer, stop),
         records,
         length,
         "completions",
@@ -258,9 +265,9 @@ def _completions(records: Sequence[Record], tokenizer: Tokenizer, length: int):
     return padded(ids, length, tokenizer.pad_id, left=False)
 
 
-def _completion(record: Record, tokenizer: Tokenizer) -> list[int]:
-    """Ids with one end token."""
+def _completion(record: Record, tokenizer: Tokenizer, stop: Sequence[int] = ()) -> list[int]:
+    """Ids with one end token; ValueError where another end, or one of `stop`, is among them."""
     ids = tokenizer.encode(record.completion)
-    if ends := set(ids) & set(tokenizer.eos_ids):
+    if ends := set(ids) & {*tokenizer.eos_ids, *stop}:
         raise ValueError(f"{record.source}: its completion holds the end token {sorted(ends)}")
     return [*ids, tokenizer.eos_ids[0]]

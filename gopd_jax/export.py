@@ -68,7 +68,8 @@ def export(
     shapes, _ = lora.split(lm_params.abstract_params(cfg))
     params = checkpoint.restore_params(workdir, step, shapes)
     if adapter:
-        lora.save_adapter(out, cfg, params, run["models"]["student"]["path"], text)
+        base, revision = hub.named(run["models"]["student"]["path"])
+        lora.save_adapter(out, cfg, params, base_model=base, revision=revision, card=text)
         return step
     if cfg.lora is not None:
         params = lora.merge(cfg, lora.join(params, _base(run, cfg)))

@@ -45,6 +45,12 @@ def parse(path: str) -> tuple[str, str] | None:
     return match["repo"], match["revision"] or "main"
 
 
+def named(name: str) -> tuple[str, str | None]:
+    """(repository, commit) of a Located's name; (the path, None) where it is none of the hub."""
+    found = parse(name)
+    return found if found and "@" in name else (name, None)
+
+
 def locate(path: str) -> Located:
     """The directory of a model, downloaded where it is a name on the hub that is not cached yet.
 

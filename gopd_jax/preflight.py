@@ -117,9 +117,8 @@ def of_role(probe: Probe, name: str, role: Role) -> list[Check]:
             name,
             f"log-prob of {what}",
             text,
-            # Words of a prompt are nothing that every model was trained on.
-            fail_below=limit if what == "the data" else None,
-            warn_below=limit,
+            # Words of a prompt are nothing that every model was trained on: shown, not judged.
+            fail_below=limit if what == "the data" else -math.inf,
             says=f"the student's is {students:.4g} and a guess's "
             f"{-probe.ln_v:.4g}: its ids, its config.json (rope, norms, heads), some of its layers "
             "or its template are another model's",
@@ -281,7 +280,7 @@ def _bound(
     warned |= warn_below is not None and value < warn_below
     verdict = "fail" if failed else "warn" if warned else "ok"
     limit = f"at most {above:.4g}" if above is not None else f"at least {below:.4g}"
-    limit = "none" if above == math.inf else limit
+    limit = "none" if math.inf in (above, -(below or 0.0)) else limit
     return Check(
         role=role,
         name=name,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 
-from gopd_jax import card, sharding
+from gopd_jax import card, hub, sharding
 from gopd_jax import config as settings
 from gopd_jax.models import hf, lora
 from gopd_jax.models.params import table
@@ -38,7 +38,10 @@ def export(workdir: Path, this: Run, state: TrainState) -> Path:
     if cfg.lora is not None and this.config.lora.export == "adapter":
         adapters = sharding.whole(state.params)
         if jax.process_index() == 0:
-            lora.save_adapter(workdir / EXPORT, cfg, adapters, this.student.path, text)
+            base, revision = hub.named(this.student.path)
+            lora.save_adapter(
+                workdir / EXPORT, cfg, adapters, base_model=base, revision=revision, card=text
+            )
         return workdir / EXPORT
     merged = params if cfg.lora is None else lora.merge(cfg, params)
     hf.export(workdir / EXPORT, merged, workdir / SOURCE, card=text)

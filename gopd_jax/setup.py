@@ -79,7 +79,7 @@ def prepare(config: settings.Config) -> Run:
     _refuse(problems)
     _check_contract(roles)
     stop = _stop_ids(c, roles["student"].tokenizer)
-    _check_data(c, train, test, roles)
+    _check_data(c, train, test, roles, stop)
     teachers = tuple(dict.fromkeys(teacher_of(c, t) for t in c.data.tasks)) if uses_teachers else ()
     return Run(
         config=c,
@@ -311,12 +311,12 @@ def views(c: settings.Config, roles: dict[str, Role]) -> dict:
     return found
 
 
-def _check_data(c: settings.Config, train: data.Dataset, test: data.Dataset, roles) -> None:
+def _check_data(c: settings.Config, train: data.Dataset, test, roles, stop) -> None:
     """Every prompt fits, every answer can be verified, there is enough to evaluate on."""
     problems: list[str] = []
     imitates = c.sampling.completion_length if c.objective.source == "data" else None
     own, other = roles["student"].reader, views(c, roles)
-    _try(problems, data.check_lengths, train, own, completion_length=imitates)
+    _try(problems, data.check_lengths, train, own, completion_length=imitates, stop=stop)
     _try(problems, data.check_lengths, test, own)
     for task, reader in other.get("teachers", {}).items():
         says = f"teacher {teacher_of(c, task)!r} on task {task!r}: "

@@ -299,3 +299,12 @@ def test_prefetch_raises_where_the_step_would_come_and_stops():
 def test_prefetch_has_to_be_ahead():
     with pytest.raises(ValueError, match="depth is 0"):
         next(data.prefetch(lambda step: step, 0, depth=0))
+
+
+def test_a_completion_may_not_go_on_past_what_ends_it(tmp_path, tokenizer):
+    dataset = dataset_of(tmp_path, completion="w3 w4")
+    reader = read(tokenizer, 5)
+    data.check_lengths(dataset, reader, completion_length=3)
+    (stop,) = tokenizer.encode("w3")
+    with pytest.raises(ValueError, match=rf"its completion holds the end token \[{stop}\]"):
+        data.check_lengths(dataset, reader, completion_length=3, stop=(stop,))

@@ -11,7 +11,7 @@ import tiny
 from families import MODELS, random_params
 from safetensors.numpy import load_file
 
-from gopd_jax import checkpoint, export, step, train
+from gopd_jax import checkpoint, export, hub, step, train
 from gopd_jax.models import decoder as lm
 from gopd_jax.models import hf, lora
 from gopd_jax.models import params as lm_params
@@ -230,7 +230,9 @@ def test_a_longer_run_may_be_exported_in_another_form(finished, tmp_path):
 )
 def test_an_adapter_names_its_base_as_peft_looks_it_up(tmp_path, name, base, revision):
     cfg = dataclasses.replace(MODELS["qwen3"], lora=LORA)
-    lora.save_adapter(tmp_path / "out", cfg, lora.init(cfg, KEY), name, "card")
+    assert hub.named(name) == (base, revision)
+    where = {"base_model": base, "revision": revision, "card": "card"}
+    lora.save_adapter(tmp_path / "out", cfg, lora.init(cfg, KEY), **where)
     described = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert (described["base_model_name_or_path"], described["revision"]) == (base, revision)
 

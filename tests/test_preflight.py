@@ -105,6 +105,19 @@ def test_the_report_has_it(right, tmp_path):
     assert "yes (yes): ok" in page
 
 
+def test_words_of_prompts_are_shown_and_not_judged(tmp_path):
+    c = wrong_setups.build(tmp_path)
+    for name in ("train.jsonl", "test.jsonl"):
+        rows = [json.loads(line) for line in (tmp_path / name).open()]
+        lines = (json.dumps({k: v for k, v in row.items() if k != "completion"}) for row in rows)
+        (tmp_path / name).write_text("\n".join(lines) + "\n")
+    report = preflight.run(train.begin(c).this)
+    assert {check.verdict for check in report.checks} == {"ok"}
+    shown = [check for check in report.checks if check.name == "log-prob of prompts"]
+    assert [check.limit for check in shown] == ["none"] * 4
+    assert all(float(check.value) < -1 for check in shown)
+
+
 def test_a_number_that_is_none_fails():
     check = preflight._bound("r", "n", math.nan, fail_above=1.0, says="no")
     assert check.verdict == "fail"

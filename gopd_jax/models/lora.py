@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from gopd_jax import hub
 from gopd_jax.models.params import ModelConfig, adapted, axis_sizes, leaf, table
 from gopd_jax.models.safetensors_out import replaced, require_ours
 from gopd_jax.types import Params
@@ -79,15 +78,16 @@ def merge(cfg: ModelConfig, params: Params) -> Params:
     return params | {"layers": layers}
 
 
-def save_adapter(path, cfg: ModelConfig, trained: Params, base_model: str, card: str) -> None:
+def save_adapter(
+    path, cfg: ModelConfig, trained: Params, *, base_model: str, revision: str | None, card: str
+) -> None:
     """Write adapters as a directory that PEFT's PeftModel.from_pretrained loads over the base.
 
     trained: what `split` calls so, as arrays that this process has whole. base_model: a path, or
-    ORG/NAME@COMMIT. card: text of README.md. ValueError where `path` is something else by now.
+    ORG/NAME with the commit as its revision. card: text of README.md. ValueError where `path` is
+    something else by now.
     """
     require_ours(Path(path))
-    named = hub.parse(base_model)
-    base, revision = named if named and "@" in base_model else (base_model, None)
     tensors = {}
     for row in (row for row in table(cfg) if is_adapter(row.path)):
         for name, one in zip(row.hf_names(cfg), np.asarray(leaf(trained, row))):
@@ -96,7 +96,7 @@ def save_adapter(path, cfg: ModelConfig, trained: Params, base_model: str, card:
     described = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": base_model,
         "revision": revision,
         "r": cfg.lora.rank,
         "lora_alpha": cfg.lora.alpha,
