@@ -89,6 +89,7 @@ def of_role(probe: Probe, name: str, role: Role) -> list[Check]:
     chat = role.tokenizer
     told = {
         "weights": (role.digest[:12], "sha256"),
+        "its log-probs": (probe.fingerprint(name), "sha256"),
         "template": (chat.template_fingerprint()[:12], "sha256"),
         "ends": (" ".join(chat.contents[i] for i in chat.eos_ids), "its own"),
     }

@@ -6,6 +6,7 @@ preflight.py holds the answers against limits.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 
 import jax
@@ -18,6 +19,7 @@ from gopd_jax.setup import Role, Run
 from gopd_jax.types import Rollout, View
 
 ROWS = 8  # of each task
+TEXT = "The sum of 17 and 25 is 42. def double(x): return 2 * x"  # of which a fingerprint is made
 LENGTH = 64  # tokens of a probe's completion at most
 
 
@@ -132,15 +134,35 @@ class Probe:
             words = [chat.encode(record.messages[-1]["content"]) for record in records]
             ids = [row[1:] for row in words]
             first = padded([row[:1] for row in words], 1, chat.pad_id, left=True)
+        logp_BT, mask_BT = self._said(role, first, [row[:length] for row in ids], length)
+        return logp_BT, mask_BT, what
+
+    def fingerprint(self, name: str) -> str:
+        """Twelve digits of the log-probs of TEXT's tokens, in hundredths of a nat.
+
+        Equal models have equal ones on equal devices; elsewhere rounding may tip a hundredth over.
+        """
+        role, n_rows = self.run.roles[name], len(self.prompts.records)
+        ids = role.tokenizer.encode(TEXT)
+        first = padded([ids[:1]] * n_rows, 1, role.tokenizer.pad_id, left=True)
+        logp_BT, mask_BT = self._said(role, first, [ids[1:]] * n_rows, len(ids) - 1)
+        logp = logp_BT[0][mask_BT[0]]
+        if not np.isfinite(logp).all():
+            return "nan"
+        hundredths = np.rint(100 * logp).astype(np.int64)
+        return hashlib.sha256(hundredths.tobytes()).hexdigest()[:12]
+
+    def _said(self, role: Role, first, ids: list[list[int]], length: int):
+        """(logp_BT, mask_BT) of these completions after first = (tokens_BP, valid_BP)."""
         prompts = self.prompts.replace(tokens_BP=first[0], valid_BP=first[1])
-        tokens_BC, mask_BC = padded([row[:length] for row in ids], length, chat.pad_id, left=False)
+        tokens_BC, mask_BC = padded(ids, length, role.tokenizer.pad_id, left=False)
         rows = sampler.assemble(
             self.put(prompts),
             *self.put((tokens_BC, mask_BC, np.zeros(mask_BC.shape, np.float32))),
             self.put(np.ones(len(ids), bool)),
         )
         logp_BT, _ = self.judge(role, rows)
-        return logp_BT, sharding.gather(rows.mask_BT), what
+        return logp_BT, sharding.gather(rows.mask_BT)
 
     def own(self, name: str, mine_B: np.ndarray) -> float:
         """Mean log-prob, under the model, of its own greedy completions."""

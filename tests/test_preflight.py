@@ -51,6 +51,9 @@ def test_the_right_setup_passes(right):
     for role in begun.this.roles:
         assert by_role[role]["weights"] == begun.this.roles[role].digest[:12]
     assert float(by_role["reference"]["KL from the student"]) == 0
+    told = {role: checks["its log-probs"] for role, checks in by_role.items()}
+    assert told["student"] == told["reference"]
+    assert len({*told.values()}) == 3
     assert 0 < float(by_role["teacher:math"]["KL from the student"]) < 0.5
     assert float(by_role["student"]["|A| as own teacher"]) == 0
 
