@@ -257,7 +257,7 @@ def _load(name: str, model: settings.Model, at: hub.Located, dtype: str, mesh, c
         dtype=dtype,
         progress=lambda work: metrics.bar(work, f"loading {name}", shown),
     )
-    return cfg, params, hf.weights_digest(at.directory), chat
+    return cfg, params, hf.weights_digest(at.directory, **sharding.shared_work()), chat
 
 
 def _check_context(name: str, model: settings.Model, cfg: ModelConfig, c) -> None:

@@ -162,6 +162,18 @@ def whole(tree):
     return jax.tree.map(copy, tree)
 
 
+def shared_work() -> dict:
+    """Options for work that the processes divide: share (i, n) of this one, add over all of them.
+
+    Every process has to take part.
+    """
+
+    def add(x):
+        return multihost_utils.process_allgather(x).reshape(-1, *x.shape).sum(0, dtype=x.dtype)
+
+    return {"share": (jax.process_index(), jax.process_count()), "add": add}
+
+
 def any_process(flag: bool) -> bool:
     """Whether the flag is set on any process; every process has to ask."""
     return bool(multihost_utils.process_allgather(np.array(flag)).any())

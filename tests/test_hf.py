@@ -182,6 +182,25 @@ def test_the_digest_tells_weights_and_config_apart_and_nothing_else(saved, tmp_p
     assert len({digest, hf.weights_digest(path), hf.weights_digest(tmp_path / "eps")}) == 3
 
 
+def test_processes_that_share_the_work_make_the_same_digest(saved):
+    path, cfg, params = saved
+    hf.save(path, cfg, params, max_shard_bytes=12_000)
+    n_files, seen = len(list(path.glob("*.safetensors"))) + 1, []
+    assert n_files > 3
+
+    def note(digests):
+        seen.append(digests)
+        return digests
+
+    for i in range(3):
+        hf.weights_digest(path, share=(i, 3), add=note)
+    assert [(part != 0).any(1).sum() for part in seen] == [
+        len(range(i, n_files, 3)) for i in range(3)
+    ]
+    shared = hf.weights_digest(path, share=(1, 3), add=lambda own: sum(seen))
+    assert shared == hf.weights_digest(path)
+
+
 def test_tokenizer_files_come_along(saved, tmp_path):
     _, cfg, params = saved
     source = tmp_path / "tokenizer"
