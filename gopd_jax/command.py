@@ -83,11 +83,7 @@ def open_model(
     problems = sharding.mesh_problems(
         mesh, lm_params.abstract_params(cfg), lm_params.logical_axes(cfg), role=str(path)
     )
-    if chat.vocab_size > cfg.vocab_size:
-        problems.append(
-            f"{path}: the tokenizer has {chat.vocab_size} ids and the embedding {cfg.vocab_size} "
-            "rows; the two files are not of one model"
-        )
+    problems += chat.fits(cfg.vocab_size)
     if problems:
         raise ValueError("\n".join(problems))
     return Model(path=str(path), mesh=mesh, decoder=Decoder(cfg, dtype=dtype), tokenizer=chat)

@@ -27,6 +27,7 @@ import numpy as np
 from absl import flags
 
 from gopd_jax import batching, command, rows, sampler, sharding
+from gopd_jax.reader import padded
 from gopd_jax.types import Prompts
 
 
@@ -182,7 +183,7 @@ def _program(model: command.Model, temperature, top_p, max_tokens, seed) -> Call
 
 
 def _prompts(ids, width: int, row_B) -> Prompts:
-    tokens_BP, valid_BP = rows.padded(ids, width, left=True)
+    tokens_BP, valid_BP = padded(ids, width, 0, left=True)
     nothing_B = np.zeros_like(row_B)
     return Prompts(
         tokens_BP=tokens_BP, valid_BP=valid_BP, task_B=nothing_B, group_B=nothing_B, row_B=row_B

@@ -91,6 +91,8 @@ def of_role(probe: Probe, name: str, role: Role) -> list[Check]:
         "weights": (role.digest[:12], "sha256"),
         "its log-probs": (probe.fingerprint(name), "sha256"),
         "template": (chat.template_fingerprint()[:12], "sha256"),
+        "vocabulary": (chat.fingerprint()[:12], "sha256"),
+        "pad": (chat.contents[chat.pad_id], "its own"),
         "ends": (" ".join(chat.contents[i] for i in chat.eos_ids), "its own"),
     }
     facts = [Check(role=name, name=n, value=v, limit=limit) for n, (v, limit) in told.items()]

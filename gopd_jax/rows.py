@@ -201,16 +201,6 @@ def in_order(
         yield ready, n_made
 
 
-def padded(ids: Sequence[Sequence[int]], width: int, *, left: bool):
-    """ids int32 and where they are, bool: rows of `width`, padded on their left or right."""
-    tokens_BL = np.zeros((len(ids), width), np.int32)
-    valid_BL = np.zeros((len(ids), width), bool)
-    for b, row in enumerate(ids):
-        span = slice(width - len(row), width) if left else slice(0, len(row))
-        tokens_BL[b, span], valid_BL[b, span] = row, True
-    return tokens_BL, valid_BL
-
-
 def filled(numbers: Sequence[int], n_rows: int) -> np.ndarray:
     """Row numbers of a whole batch: the last one again where there are too few."""
     return np.array([*numbers, *[numbers[-1]] * (n_rows - len(numbers))])

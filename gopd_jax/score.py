@@ -24,6 +24,7 @@ import numpy as np
 from absl import flags
 
 from gopd_jax import command, rows, scoring, sharding
+from gopd_jax.reader import padded
 from gopd_jax.types import Rollout
 
 
@@ -147,7 +148,7 @@ def _program(model: command.Model, temperature: float, head_chunk: int) -> Calla
 def _rollout(some: Sequence[rows.Row], bucket: rows.Bucket) -> Rollout:
     """Whole rows, padded on their right; the head skips what is prompt in all of the bucket."""
     ids = [[*row.prompt_ids, *row.completion_ids] for row in some]
-    tokens_BL, valid_BL = rows.padded(ids, bucket.width, left=False)
+    tokens_BL, valid_BL = padded(ids, bucket.width, 0, left=False)
     first_B1 = np.array([[len(row.prompt_ids)] for row in some])
     mask_BT = valid_BL[:, 1:] & (np.arange(1, bucket.width) >= first_B1)
     nothing_B = np.zeros(len(ids), np.int32)

@@ -238,11 +238,7 @@ def _load(name: str, model: settings.Model, at: hub.Located, dtype: str, mesh, c
     problems = sharding.mesh_problems(mesh, lm_params.abstract_params(cfg), axes, role=name)
     _try(problems, _check_context, name, model, cfg, c)
     chat = tokenizers.load(at.directory)
-    if chat.vocab_size > cfg.vocab_size:
-        problems.append(
-            f"{model.path}: the tokenizer has {chat.vocab_size} ids and the embedding "
-            f"{cfg.vocab_size} rows; the two files are not of one model"
-        )
+    problems += chat.fits(cfg.vocab_size)
     if problems:
         raise ValueError("; ".join(problems))
     where = sharding.shardings(mesh, axes)

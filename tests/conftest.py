@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiny
 
-from gopd_jax import sharding, step
+from gopd_jax import command, sharding, step
 from gopd_jax.models import params as lm_params
 from gopd_jax.models.decoder import Decoder
 from gopd_jax.models.params import ModelConfig
@@ -155,3 +156,17 @@ def first_step(setting):
     rollout = generate(params, frozen, prompts, jax.random.key(0))
     scores = score(frozen, rollout)
     return rollout, scores, *update(step.init_state(recipe, params), rollout, scores)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """The directory of tiny.build, for the tests of commands on rows; others have their own."""
+    root = tmp_path_factory.mktemp("models")
+    tiny.build(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def model(root):
+    """Its base on one device, as the commands on rows open it."""
+    return command.open_model(root / "base", devices=jax.devices()[:1])

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 
 from gopd_jax import command, generate, microworld, sampler, score
 
@@ -19,18 +18,6 @@ PROMPTS = [
 ]
 LENGTH = 6
 OPTIONS = {"max_tokens": LENGTH, "seed": 3, "n": 3, "batch": 4}
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    root = tmp_path_factory.mktemp("models")
-    tiny.build(root)
-    return root
-
-
-@pytest.fixture(scope="module")
-def model(root):
-    return command.open_model(root / "base", devices=jax.devices()[:1])
 
 
 @pytest.fixture(scope="module")

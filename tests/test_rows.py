@@ -18,18 +18,6 @@ CHAT = [{"role": "user", "content": "What is 2 + 3 * 4?"}]
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    root = tmp_path_factory.mktemp("models")
-    tiny.build(root)
-    return root
-
-
-@pytest.fixture(scope="module")
-def model(root):
-    return command.open_model(root / "base", devices=jax.devices()[:1])
-
-
-@pytest.fixture(scope="module")
 def data():
     return [{"prompt_ids": [5 + i] * (1 + i % 7), "completion_ids": [7, i]} for i in range(9)]
 

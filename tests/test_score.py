@@ -7,26 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 
-from gopd_jax import command, microworld, rows, score
+from gopd_jax import command, microworld, score
 from gopd_jax.models import decoder as lm
+from gopd_jax.reader import padded
 
 PROMPT = "What is 2 + 3 * 4?"
 CHAT = [{"role": "user", "content": PROMPT}]
 BASE = microworld.path("base")
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    root = tmp_path_factory.mktemp("models")
-    tiny.build(root)
-    return root
-
-
-@pytest.fixture(scope="module")
-def model(root):
-    return command.open_model(root / "base", devices=jax.devices()[:1])
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +66,7 @@ def test_log_probs_are_those_of_all_logits(model, data, temperature):
     assert [row["index"] for row in found] == list(range(len(data)))
     ids = [[*row["prompt_ids"], *row["completion_ids"]] for row in data]
     every_BLV = full_logp(
-        *(model.decoder, model.params, *rows.padded(ids, 64, left=False)),
+        *(model.decoder, model.params, *padded(ids, 64, 0, left=False)),
         *(model.tokenizer.vocab_size, temperature),
     )
     for row, given, logp_LV in zip(found, data, np.asarray(every_BLV)):

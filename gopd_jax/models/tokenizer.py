@@ -81,6 +81,15 @@ class Tokenizer:
             ) from error
         return self.encode(text)
 
+    def fits(self, n_rows: int) -> list[str]:
+        """What is wrong with an embedding of n_rows under these ids: a sentence, or nothing."""
+        if self.vocab_size <= n_rows:
+            return []
+        return [
+            f"{self.path}: the tokenizer has {self.vocab_size} ids and the embedding {n_rows} "
+            "rows; the two files are not of one model"
+        ]
+
     def encode(self, text: str) -> list[int]:
         """Ids of `text` with nothing added: no token at its start or end."""
         return self.backend.encode(text, add_special_tokens=False).ids
