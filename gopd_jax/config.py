@@ -8,7 +8,7 @@ Each is a flag, typed by its annotation: `--config.objective.lam=1.5`, `--config
 import dataclasses
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 
 from absl import flags
 from ml_collections import config_flags
@@ -47,6 +47,7 @@ class Sampling:
     temperature: float = 1.0  # of every role: it divides the logits wherever log-probs are taken
     completion_length: int = 32  # tokens, end token included
     stop: tuple[str, ...] | None = None  # tokens that end a completion; None: the student's own
+    lag: int = 0  # steps by which the sampling weights are older, as asynchronous sampling has it
 
 
 @dataclass(slots=True, kw_only=True)
@@ -55,19 +56,61 @@ class Batch:
 
     prompts: int = 256  # distinct prompts a step
     rollouts: int = 1  # completions of each prompt
-    microbatches: int = 1  # pieces that the update runs one after another, same gradient
+    updates: int = 1  # optimizer updates of one batch, each of as many of its rows
+    epochs: int = 1  # passes of these updates over the batch
+    microbatches: int = 1  # pieces that an update runs one after another, same gradient
     head_chunk: int = 64  # positions whose logits exist at one time in scoring and in the loss
 
 
 @dataclass(slots=True, kw_only=True)
 class Objective:
-    """What is learnt from, as names in the tables of gopd_jax/objectives/."""
+    """What is learnt from, as names in the tables of gopd_jax/objectives/: "name(option=value)"."""
 
     source: str = "student"  # who writes the completions: student (on-policy), teacher, data
-    advantage: str = "gopd"  # gopd, grpo, imitation
     lam: float = 1.0  # G-OPD's lambda: 1 is OPD, > 1 extrapolates (ExOPD), 0 stays at the reference
-    loss: str = "policy_gradient"  # per token, from the advantage and the student's log-prob
+    lam_schedule: str = "constant"  # or linear(steps=..), cosine(steps=..), from start=1.0 to lam
+    task_lam: dict[str, float] = field(default_factory=dict)  # task -> its lambda, in place of lam
+    lam_by_row: bool = False  # rows of the data may name their own under "lam"
+    ratio_cap: float | None = None  # nats that log T - log R of a token counts at most
+    mixture: str = "probability"  # where the teachers of a task are averaged: probability, log
+    advantage: str = "gopd"  # token reward of a sampled token: gopd, grpo, imitation
+    divergence: str = "reverse_kl"  # from the target, of advantage = gopd and of exact losses
+    estimator: str = "corrected"  # of a sampled divergence (OPD+); stop_gradient is biased
+    log_u_clip: float | None = None  # nats of log T - log S in the advantage; divergences: 5
+    credit: str = "immediate"  # return_to_go, discounted(gamma=..), k_step(k=..), gae(lam=..)
+    baseline: str = "none"  # batch_mean, position_mean, leave_one_out, local_kl, value
+    advantage_clip: float | None = None  # of the finished advantage
+    gates: tuple[str, ...] = ()  # token weights: trust, first(n=..), skip_end, drift(..), ...
+    importance: str = "none"  # weights of tokens that other weights sampled: token, sequence
+    rejection: str = "none"  # of tokens too far off-policy: token(cap=..), sequence(cap=..)
+    veto: float | None = None  # a row with a token below this log-ratio goes as a whole
+    loss: str = "policy_gradient"  # ppo, k1, k2, k3; over the vocabulary: exact, cr_opd, ...
+    support: str = "full"  # ids of an exact loss: top_k(k=.., of="teacher"), student, union, ..
+    mass: str = "rest"  # what becomes of the others: one bucket, renormalised, raw
+    regularizers: tuple[str, ...] = ()  # entropy(weight=..), anchor(weight=..)
+    task: str | None = None  # grpo: the verifier's reward, to which the distillation is added
+    distil_weight: float = 1.0  # of the distillation, then
     reduction: str = "token_mean"  # token_mean, sequence_mean, sequence_sum(length=...)
+
+
+@dataclass(slots=True, kw_only=True)
+class Critic:
+    """The value head of credit = "gae(..)" and of baseline = "value"."""
+
+    learning_rate: float = 1e-3  # of Adam; the policy has its own
+    width: int = 64  # of the hidden layer
+    closed_form: bool = True  # V holds the state's own expected reward, -KL, from the start
+    warmup_steps: int = 0  # first steps in which the head learns and the student does not
+    value_clip: float | None = None  # nats that V may move in one batch and still be rewarded
+
+
+@dataclass(slots=True, kw_only=True)
+class Diagnostics:
+    """Exact figures of a few rows: divergences, overlap with the target, the gradient's cosine."""
+
+    every: int | None = None  # steps between them; None: never
+    rows: int = 16  # of the batch
+    top_k: int = 16  # ids of each model in overlap and tail
 
 
 @dataclass(slots=True, kw_only=True)
@@ -128,7 +171,8 @@ class Config:
     workdir: str  # checkpoints, metrics.jsonl, report.html and the exported model go here
     student: Model  # the model that is trained, from these weights
     teachers: dict[str, Model] = field(default_factory=dict)  # name -> model; a task's by its name
-    routes: dict[str, str] = field(default_factory=dict)  # task -> teacher of another name
+    # task -> teacher of another name, or several with their weights: "math=0.7, code=0.3"
+    routes: dict[str, str] = field(default_factory=dict)
     reference: Model | None = None  # R of the objective; needed when lam != 1, else not loaded
     steps: int = 80  # optimizer steps of the whole run; a finished run continues under a larger one
     seed: int = 0  # of data order and sampling
@@ -136,10 +180,12 @@ class Config:
     sampling: Sampling = field(default_factory=Sampling)  # how the completions are drawn
     batch: Batch = field(default_factory=Batch)  # rows of one step
     objective: Objective = field(default_factory=Objective)  # what is learnt from
+    critic: Critic | None = None  # value head, for credit and baselines that need one
     optimizer: Optimizer = field(default_factory=Optimizer)  # how its gradient is applied
     lora: Lora | None = None  # adapters in place of the student's own weights; None: all train
     mesh: Mesh = field(default_factory=Mesh)  # devices along each axis
     checkpoints: Checkpoints = field(default_factory=Checkpoints)  # when the state is written
+    diagnostics: Diagnostics = field(default_factory=Diagnostics)  # what is looked at besides
     evaluation: Evaluation = field(default_factory=Evaluation)  # accuracy, of what and when
     preflight: str = "refuse"  # what follows a failed check before step 0: refuse, warn; or off
     profile: str | None = None  # steps "10:13" to trace with the JAX profiler; None: no trace
@@ -167,9 +213,20 @@ MAY_CHANGE = ("workdir", "checkpoints", "preflight", "profile", "mesh")
 PARTS_MAY_CHANGE = (".fingerprint", "lora.export")
 # Read from files, which are identified by their content; and where weights lie.
 BY_CONTENT = ("path", "data.train", "data.test", "placement")
-# Options of later versions: absent from a run's identity while they are off, so that a run of an
-# earlier version is continued.
-LATER = ("template", "context", "prompt_length", "follows", "stop", "lora")
+# Options of later versions: absent from a run's identity while they are at their defaults, so that
+# a run of an earlier version is continued.
+LATER = {
+    **dict.fromkeys(("template", "context", "prompt_length", "follows", "stop", "lora", "critic")),
+    "lag": 0,
+    "updates": 1,
+    "epochs": 1,
+    **{f"diagnostics.{f.name}": f.default for f in dataclasses.fields(Diagnostics)},
+    **{
+        f"objective.{f.name}": f.default if f.default_factory is MISSING else f.default_factory()
+        for f in dataclasses.fields(Objective)
+        if f.name not in ("source", "advantage", "lam", "loss", "reduction")
+    },
+}
 
 
 def identity(config: Config) -> dict[str, str]:
@@ -183,7 +240,8 @@ def identity(config: Config) -> dict[str, str]:
         ends = key == "steps" and config.optimizer.schedule == "constant"
         if key.split(".")[0] in MAY_CHANGE or key.endswith(BY_CONTENT + PARTS_MAY_CHANGE) or ends:
             continue
-        if value is None and key.split(".")[-1] in LATER:
+        later = LATER.get(key, LATER.get(key.split(".")[-1], MISSING))
+        if later is not MISSING and value == later:
             continue
         # lam = 1 in a preset and --config.objective.lam=1, which is read as 1.0, are one setting.
         found[key] = json.dumps(float(value) if kind is float else value)

@@ -113,6 +113,7 @@ def prompts(
     completion_length: int | None = None,
     teachers: dict[str, Reader] | None = None,
     reference: Reader | None = None,
+    lam: dict[str, float] | None = None,
 ) -> Prompts:
     """One process's rows of the step's global batch of B = n_prompts * rollouts rows.
 
@@ -120,7 +121,8 @@ def prompts(
     of a prompt are adjacent, and process p holds rows [p * B / n_processes, ...). A task's records
     are taken in a new order every epoch, each once. With completion_length, the records' own
     completions too: right-padded, one end token appended. reader is the student's; teachers (task
-    -> reader, all of one length) and reference are given where they read otherwise. ValueError for
+    -> reader, all of one length) and reference are given where they read otherwise; lam (task ->
+    lambda of its rows that name none) where rows have lambdas of their own. ValueError for
     a prompt or completion that does not fit, and for rows that do not divide.
     """
     per_task = group_sizes(n_prompts, 1, dataset.tasks)[0]
@@ -155,7 +157,13 @@ def prompts(
         completion_mask_BC=completion_mask_BC,
         teacher=None if teachers is None else _by_teacher(records, teachers),
         reference=None if reference is None else View(*reference.prompts(records)),
+        lam_B=None if lam is None else _lams(records, lam),
     )
+
+
+def _lams(records: Sequence[Record], lam: dict[str, float]) -> np.ndarray:
+    own = [lam[r.task] if r.lam is None else r.lam for r in records]
+    return np.array(own, np.float32)
 
 
 def of_records(records: Sequence[Record], reader: Reader) -> Prompts:

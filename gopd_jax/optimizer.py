@@ -1,5 +1,7 @@
 """The optimizer and its learning rate."""
 
+import jax
+import jax.numpy as jnp
 import optax
 
 
@@ -27,3 +29,8 @@ def make_optimizer(
         rate = optax.join_schedules([warmup, rate], [warmup_steps])
     adamw = optax.adamw(rate, b1=b1, b2=b2, weight_decay=weight_decay)
     return optax.chain(optax.clip_by_global_norm(clip_norm), adamw), rate
+
+
+def where(condition, new, old):
+    """A tree's new values where the condition holds, and all of its old ones where it does not."""
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)

@@ -23,6 +23,7 @@ from rich.text import Text
 
 from gopd_jax import sharding, step
 from gopd_jax.probe import Probe, mean
+from gopd_jax.recipe import Frozen
 from gopd_jax.setup import Role, Run
 
 # Share of ln V, the entropy of a model that knows nothing: a trained one stays far below it.
@@ -158,9 +159,7 @@ def of_student(probe: Probe) -> list[Check]:
             reference=probe.student.decoder if probe.recipe.reference else None,
         )
         params = probe.student.params
-        frozen = step.Frozen(
-            teachers=(params,), reference=params if probe.recipe.reference else None
-        )
+        frozen = Frozen(teachers=(params,), reference=params if probe.recipe.reference else None)
         _, score, _ = step.staged(own)
         scores = score(frozen, probe.rollout.replace(teacher=None, reference=None))
         scores = jax.tree.map(jnp.asarray, sharding.gather(scores))

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from gopd_jax import batching, data, sampler, scoring, sharding, step
-from gopd_jax.problems import teacher_of
+from gopd_jax.method import teachers_of
 from gopd_jax.reader import padded, require_fit
 from gopd_jax.setup import Role, Run
 from gopd_jax.types import Rollout, View
@@ -86,7 +86,9 @@ class Probe:
         if not name.startswith("teacher:"):
             return np.ones(len(self.task_B), bool)
         c = self.run.config
-        own = [f"teacher:{teacher_of(c, task)}" == name for task in self.run.train.tasks]
+        own = [
+            name.removeprefix("teacher:") in teachers_of(c, task) for task in self.run.train.tasks
+        ]
         return np.array(own)[self.task_B]
 
     def read(self, name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -4,7 +4,6 @@ Each check returns sentences that name the setting, its value and the cure.
 """
 
 import dataclasses
-import inspect
 import math
 import os
 import re
@@ -13,22 +12,20 @@ import typing
 from collections.abc import Iterator
 from pathlib import Path
 
-from gopd_jax import hub
-from gopd_jax.objectives.advantages import ADVANTAGES
-from gopd_jax.objectives.losses import LOSSES
-from gopd_jax.objectives.objective import objective_problems
-from gopd_jax.objectives.reductions import REDUCTIONS
-from gopd_jax.spec import resolve
+from gopd_jax import hub, method
 
 DTYPES = ("float32", "bfloat16")
 PLACEMENTS = ("device", "host")
 EXPORTS = ("merged", "adapter")
 PREFLIGHTS = ("refuse", "warn", "off")
 SCHEDULES = ("constant", "cosine")
-SOURCES = ("student", "teacher", "data")
 
 # A number is positive unless it is named here.
-MAY_BE_ZERO = ("seed", "objective.lam", "optimizer.warmup_steps", "optimizer.weight_decay")
+MAY_BE_ZERO = (
+    *("seed", "objective.lam", "optimizer.warmup_steps", "optimizer.weight_decay"),
+    *("sampling.lag", "critic.warmup_steps", "objective.distil_weight", "objective.task_lam"),
+)
+MAY_BE_NEGATIVE = ("objective.veto",)
 BELOW_ONE = ("optimizer.b1", "optimizer.b2", "follows")
 
 
@@ -40,28 +37,15 @@ def find(config) -> list[str]:
         if not _is(value, kind)
     ]:
         return wrong
-    checks = (_numbers, _choices, _objective, _roles, _views, _models, _data, _batch, _times)
+    checks = (_numbers, _choices, _lengths, method.find, _views, _models, _data, _batch, _times)
     return [problem for check in (*checks, _workdir) for problem in check(config)]
 
 
 def unused(config) -> list[str]:
     """Settings without effect: allowed, so that one flag can turn a preset into another method."""
-    c, o = config, config.objective
-    gopd, found = _method(c) == "gopd", []
-    if not gopd and o.lam != 1:
-        found.append(
-            f"objective.lam = {o.lam} has no effect in objective.advantage = {o.advantage!r}"
-        )
-    if c.reference is not None and not (gopd and o.lam != 1):
-        why = "objective.lam = 1, where it cancels" if gopd else f"advantage = {o.advantage!r}"
-        found.append(f"reference = {c.reference.path!r} is not loaded: {why}")
-    loaded = roles(c)
-    if idle := sorted(task for task in c.teachers if f"teachers.{task}" not in loaded):
-        found.append(
-            f"teachers {idle} are not loaded: they have no use under data.tasks = {c.data.tasks}, "
-            f"advantage = {o.advantage!r} and evaluation.teachers = {c.evaluation.teachers}"
-        )
-    if gopd:
+    c, found, loaded = config, [*method.unused(config)], method.roles(config)
+    made = method.goal(c)
+    if made is not None and made.teacher:
         paths = {name: os.path.realpath(m.path) for name, m in loaded.items() if m.path is not None}
         for name in sorted(name for name in paths if name.startswith("teachers.")):
             model, same = loaded[name], paths[name] == paths.get("reference")
@@ -87,30 +71,9 @@ def leaves(value, key: str = "", kind=None) -> Iterator[tuple[str, object, objec
         yield key, value, kind
 
 
-def roles(config) -> dict:
-    """Setting -> Model, of the models that this run loads."""
-    c = config
-    found = {"student": c.student}
-    if _method(c) == "gopd" and c.objective.lam != 1 and c.reference is not None:
-        found["reference"] = c.reference
-    if _method(c) == "gopd" or c.objective.source == "teacher" or c.evaluation.teachers:
-        named = dict.fromkeys(teacher_of(c, task) for task in c.data.tasks)
-        found |= {f"teachers.{name}": c.teachers[name] for name in named if name in c.teachers}
-    return found
-
-
 def _reads(model) -> tuple:
     """What a model makes of a prompt besides its own files."""
     return model.context, model.template
-
-
-def teacher_of(config, task: str) -> str:
-    """Name of the task's teacher: what routes says, or the task's own name."""
-    return config.routes.get(task, task)
-
-
-def _method(config) -> str:
-    return config.objective.advantage.split("(")[0].strip()
 
 
 def _is(value, kind) -> bool:
@@ -134,15 +97,15 @@ def _spelled(kind) -> str:
 
 def _numbers(c) -> Iterator[str]:
     for key, value, _ in leaves(c):
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or key in MAY_BE_NEGATIVE:
             continue
         if not math.isfinite(value):
             yield f"{key} is {value}; it has to be finite"
         elif key.endswith(BELOW_ONE) and not 0 <= value < 1:
             yield f"{key} is {value}; it has to be at least 0 and less than 1"
-        elif key in MAY_BE_ZERO and value < 0:
+        elif (may := key.startswith(MAY_BE_ZERO)) and value < 0:
             yield f"{key} is {value}; it has to be 0 or more"
-        elif key not in MAY_BE_ZERO and not key.endswith(BELOW_ONE) and value <= 0:
+        elif not may and not key.endswith(BELOW_ONE) and value <= 0:
             yield f"{key} is {value}; it has to be positive"
     if c.seed >= 2**32:
         yield f"seed is {c.seed}; it has to be less than 2**32"
@@ -151,7 +114,7 @@ def _numbers(c) -> Iterator[str]:
 def _choices(c) -> Iterator[str]:
     for key, value, choices in (
         ("optimizer.schedule", c.optimizer.schedule, SCHEDULES),
-        ("objective.source", c.objective.source, SOURCES),
+        ("objective.source", c.objective.source, method.SOURCES),
         ("preflight", c.preflight, PREFLIGHTS),
         *([("lora.export", c.lora.export, EXPORTS)] if c.lora else ()),
         *((k, value, DTYPES) for k, value, _ in leaves(c) if k.endswith(".dtype")),
@@ -168,51 +131,18 @@ def _choices(c) -> Iterator[str]:
         yield f"lora.targets is {c.lora.targets!r}, which is no regular expression: {error}"
 
 
-def _objective(c) -> Iterator[str]:
-    o = c.objective
-    if found := objective_problems(o.advantage, o.loss, o.reduction):
-        yield from found
-        return
-    for key, entries in (("advantage", ADVANTAGES), ("loss", LOSSES), ("reduction", REDUCTIONS)):
-        text = getattr(o, key)
-        options = inspect.signature(resolve(text, entries)).parameters.values()
-        options = {p.name: p.default for p in options if p.kind is p.KEYWORD_ONLY}
-        if missing := [name for name, default in options.items() if default is inspect._empty]:
-            yield f"objective.{key} is {text!r}; give it {missing}: '{text}({missing[0]}=...)'"
-        length = options.get("length", inspect._empty)
-        if length is not inspect._empty and not (_is(length, float) and 0 < length < math.inf):
-            yield f"objective.{key} is {text!r}; length has to be a positive number of tokens"
-
-
-def _roles(c) -> Iterator[str]:
-    """Roles that the objective lacks, and sources of completions that it cannot learn from."""
-    o, method = c.objective, _method(c)
-    if method == "gopd" and o.lam != 1 and math.isfinite(o.lam) and c.reference is None:
+def _lengths(c) -> Iterator[str]:
+    """Numbers inside the strings of the objective."""
+    found = re.search(r"length=([^,)]+)", c.objective.reduction)
+    try:
+        length = 1.0 if found is None else float(found[1])
+    except ValueError:
+        length = math.nan
+    if not 0 < length < math.inf:
         yield (
-            f"objective.lam is {o.lam} and there is no reference, so log T - log R has no R; set "
-            "--config.reference=build --config.reference.path=... (the student's own path, or the "
-            "teacher's base), or lam = 1"
+            f"objective.reduction is {c.objective.reduction!r}; length has to be a positive number "
+            "of tokens"
         )
-    if method in ("gopd", "grpo") and o.source != "student":
-        yield (
-            f"objective.advantage = {o.advantage!r} is on-policy and objective.source is "
-            f"{o.source!r}; use source = 'student', or advantage = 'imitation'"
-        )
-    if method == "imitation" and o.source == "student":
-        yield (
-            "objective.advantage = 'imitation' and objective.source = 'student' teach the student "
-            "what it does already; use source = 'teacher' or 'data'"
-        )
-    distils = method == "gopd" or o.source == "teacher"
-    missing = [task for task in c.data.tasks if teacher_of(c, task) not in c.teachers]
-    if distils and missing:
-        yield (
-            f"tasks {sorted(missing)} of data.tasks have no teacher; teachers are "
-            f"{sorted(c.teachers)} and routes {c.routes}; add theirs in a preset, route them to "
-            "one that there is, or take the tasks out of data.tasks"
-        )
-    if stray := sorted(c.routes.keys() - set(c.data.tasks)):
-        yield f"routes names tasks {stray}, which are not in data.tasks = {c.data.tasks}"
 
 
 def _views(c) -> Iterator[str]:
@@ -251,7 +181,7 @@ def _views(c) -> Iterator[str]:
 
 
 def _models(c) -> Iterator[str]:
-    for role, model in roles(c).items():
+    for role, model in method.roles(c).items():
         flag = f"--config.{role}.path=DIR"
         if model.path is None:
             yield f"{role}.path is not set; give the directory of a Hugging Face checkpoint: {flag}"
@@ -287,21 +217,10 @@ def _data(c) -> Iterator[str]:
 
 def _batch(c) -> Iterator[str]:
     b, n_tasks = c.batch, len(c.data.tasks)
-    rows = b.prompts * b.rollouts
     if n_tasks and b.prompts % n_tasks:
         yield (
             f"batch.prompts = {b.prompts} is not divisible by the {n_tasks} tasks of data.tasks = "
             f"{c.data.tasks}; make it a multiple of {n_tasks}"
-        )
-    if b.microbatches > 0 and rows % b.microbatches:
-        yield (
-            f"batch.prompts * batch.rollouts = {rows} rows do not divide into batch.microbatches = "
-            f"{b.microbatches}; choose a divisor of {rows}"
-        )
-    if _method(c) == "grpo" and b.rollouts == 1:
-        yield (
-            "objective.advantage = 'grpo' compares the rollouts of one prompt and batch.rollouts "
-            "is 1; use 8, say"
         )
 
 

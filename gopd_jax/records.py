@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -158,7 +159,15 @@ def record(row: dict, where: str) -> Record:
         verifier=verifier,
         source=where,
         **{k: _get(row, k) for k in ("completion", "context") if k in given(row)},
+        **{k: _lam(row[k]) for k in ("lam",) if k in given(row)},
     )
+
+
+def _lam(value: Any) -> float:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 <= value < math.inf:
+        raise ValueError(f"'lam' is {value!r}; a row's lambda is a number of 0 or more")
+    return float(value)
 
 
 @functools.cache

@@ -94,6 +94,7 @@ def assemble(prompts, tokens_BC, mask_BC, logp_BC, ended_B) -> Rollout:
         n_prompt=n_prompt,
         teacher=prompts.teacher,
         reference=prompts.reference,
+        lam_B=prompts.lam_B,
     )
 
 

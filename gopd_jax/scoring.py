@@ -19,16 +19,19 @@ def score(decoder, params, rollout, *, temperature: float, n_vocab: int, chunk: 
     params through logp_BT; entropy_BT carries no gradient. `chunk` positions have logits at one
     time; the result does not depend on it. Ids from n_vocab on have no mass.
     """
-    hidden_BCD, ids_BC = _hidden(decoder, params, rollout, view)
+    hidden_BCD, ids_BC = hidden(decoder, params, rollout, view)
     options = {"temperature": temperature, "n_vocab": n_vocab, "chunk": chunk}
     logp_BC, entropy_BC = head_chunks(decoder, params, hidden_BCD, ids_BC, **options)
     mask_BT = rollout.mask_BT
-    logp_BT, entropy_BT = (_on_positions(rollout, x) for x in (logp_BC, entropy_BC))
+    logp_BT, entropy_BT = (on_positions(rollout, x) for x in (logp_BC, entropy_BC))
     return jnp.where(mask_BT, logp_BT, 0.0), jnp.where(mask_BT, entropy_BT, 0.0)
 
 
-def _hidden(decoder, params, rollout, view):
-    """(hidden_BCD that predict the completion, its ids_BC), after the model's own prompt."""
+def hidden(decoder, params, rollout, view, *, after: bool = False):
+    """(hidden_BCD that predict the completion, its ids_BC), after the model's own prompt.
+
+    after: one more state, behind the last token, with an id that means nothing.
+    """
     n_prompt, tokens_BL, valid_BL = rollout.n_prompt, rollout.tokens_BL, rollout.valid_BL
     ids_BC, mask_BC = tokens_BL[:, n_prompt:], valid_BL[:, n_prompt:]
     if view is not None:
@@ -37,42 +40,62 @@ def _hidden(decoder, params, rollout, view):
     hidden_BLD = lm.hidden(decoder, params, tokens_BL, valid_BL)
     # Position t predicts token t + 1: from the prompt's last position to the last but one.
     first = tokens_BL.shape[1] - ids_BC.shape[1] - 1
+    if after:
+        return hidden_BLD[:, first:], jnp.pad(ids_BC, ((0, 0), (0, 1)))
     return hidden_BLD[:, first:-1], ids_BC
 
 
-def _on_positions(rollout, values_BC):
+def on_positions(rollout, values_BC):
     """Values of the completion's tokens at the rollout's positions: _BC -> _BT."""
     return jnp.pad(values_BC, ((0, 0), (rollout.n_prompt - 1, 0)))
 
 
-def head_chunks(decoder, params, hidden_BCD, ids_BC, *, temperature, n_vocab, chunk):
-    """(logp_BC of ids_BC, entropy_BC) from hidden states, `chunk` positions at a time."""
-    n_rows, n_positions = ids_BC.shape
+def in_chunks(function, arrays, *, chunk: int):
+    """function of `chunk` positions at a time, made again in the backward pass.
+
+    arrays: a tree of [B, C, ...]; function takes such a tree of fewer positions and returns one of
+    [B, c, ...]. It must treat every position by itself: the last chunk is filled up with zeros.
+    """
+    n_rows, n_positions = jax.tree.leaves(arrays)[0].shape[:2]
     chunk = min(chunk, n_positions)
     n_chunks = -(-n_positions // chunk)
     missing = n_chunks * chunk - n_positions
-    hidden_BCD = jnp.pad(hidden_BCD, ((0, 0), (0, missing), (0, 0)))
-    ids_BC = jnp.pad(ids_BC, ((0, 0), (0, missing)))
 
     def split(x):
+        x = jnp.pad(x, ((0, 0), (0, missing), *((0, 0),) * (x.ndim - 2)))
         return x.reshape(n_rows, n_chunks, chunk, *x.shape[2:]).swapaxes(0, 1)
 
-    @jax.checkpoint
-    def head(pair):
-        hidden_BcD, ids_Bc = pair
-        logits_BcV = lm.logits(decoder, params, hidden_BcD) / temperature
-        real = jnp.arange(logits_BcV.shape[-1]) < n_vocab
-        logp_BcV = jax.nn.log_softmax(jnp.where(real, logits_BcV, -jnp.inf))
-        still_BcV = jax.lax.stop_gradient(logp_BcV)
-        entropy_Bc = -jnp.where(real, jnp.exp(still_BcV) * still_BcV, 0.0).sum(-1)
-        return pick(logp_BcV, ids_Bc), entropy_Bc
-
-    logp, entropy = jax.lax.map(head, (split(hidden_BCD), split(ids_BC)))
-
     def join(x):
-        return x.swapaxes(0, 1).reshape(n_rows, n_chunks * chunk)[:, :n_positions]
+        x = x.swapaxes(0, 1).reshape(n_rows, n_chunks * chunk, *x.shape[3:])
+        return x[:, :n_positions]
 
-    return join(logp), join(entropy)
+    found = jax.lax.map(jax.checkpoint(function), jax.tree.map(split, arrays))
+    return jax.tree.map(join, found)
+
+
+def log_probs(decoder, params, hidden_xD, *, temperature: float, n_vocab: int):
+    """float32 log-probs over the vocabulary, -inf from id n_vocab on: call it in chunks."""
+    logits_xV = lm.logits(decoder, params, hidden_xD) / temperature
+    real_V = jnp.arange(logits_xV.shape[-1]) < n_vocab
+    return jax.nn.log_softmax(jnp.where(real_V, logits_xV, -jnp.inf))
+
+
+def entropy(logp_xV, real_V):
+    """-sum p log p, nats, without a gradient."""
+    still_xV = jax.lax.stop_gradient(logp_xV)
+    return -jnp.where(real_V, jnp.exp(still_xV) * still_xV, 0.0).sum(-1)
+
+
+def head_chunks(decoder, params, hidden_BCD, ids_BC, *, temperature, n_vocab, chunk):
+    """(logp_BC of ids_BC, entropy_BC) from hidden states, `chunk` positions at a time."""
+
+    def head(arrays):
+        hidden_BcD, ids_Bc = arrays
+        logp_BcV = log_probs(decoder, params, hidden_BcD, temperature=temperature, n_vocab=n_vocab)
+        real_V = jnp.arange(logp_BcV.shape[-1]) < n_vocab
+        return pick(logp_BcV, ids_Bc), entropy(logp_BcV, real_V)
+
+    return in_chunks(head, (hidden_BCD, ids_BC), chunk=chunk)
 
 
 def mass(decoder, params, rollout, ids, *, temperature: float, n_vocab: int, chunk: int, view=None):
@@ -81,10 +104,10 @@ def mass(decoder, params, rollout, ids, *, temperature: float, n_vocab: int, chu
     The arguments are those of `score`.
     """
     probability_BT = jnp.zeros(rollout.mask_BT.shape)
-    hidden_BCD, _ = _hidden(decoder, params, rollout, view)
+    hidden_BCD, _ = hidden(decoder, params, rollout, view)
     for i in ids:
         ids_BC = jnp.full(hidden_BCD.shape[:2], i, jnp.int32)
         options = {"temperature": temperature, "n_vocab": n_vocab, "chunk": chunk}
         logp_BC, _ = head_chunks(decoder, params, hidden_BCD, ids_BC, **options)
-        probability_BT += jnp.exp(_on_positions(rollout, logp_BC))
+        probability_BT += jnp.exp(on_positions(rollout, logp_BC))
     return jnp.where(rollout.mask_BT, probability_BT, 0.0)

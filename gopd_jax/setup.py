@@ -8,18 +8,18 @@ from pathlib import Path
 import jax
 
 from gopd_jax import config as settings
-from gopd_jax import data, hub, metrics, sharding, step
+from gopd_jax import data, hub, method, metrics, sharding
+from gopd_jax.assembly import recipe_of
 from gopd_jax.evaluate import held_out
+from gopd_jax.method import teachers_of
 from gopd_jax.models import hf, lora
 from gopd_jax.models import params as lm_params
 from gopd_jax.models import tokenizer as tokenizers
 from gopd_jax.models.decoder import Decoder
 from gopd_jax.models.params import Lora, ModelConfig
 from gopd_jax.objectives import objective
-from gopd_jax.optimizer import make_optimizer
-from gopd_jax.problems import roles as loaded_roles
-from gopd_jax.problems import teacher_of
 from gopd_jax.reader import Reader, find_context
+from gopd_jax.recipe import Frozen, Recipe
 from gopd_jax.verifiers import verify
 
 TOO_LONG = "x" * 70_000
@@ -51,8 +51,8 @@ class Run:
     roles: dict[str, Role]  # student, reference, teacher:<name>
     train: data.Dataset
     test: data.Dataset
-    recipe: step.Recipe
-    frozen: step.Frozen
+    recipe: Recipe
+    frozen: Frozen
     identity: dict[str, str]  # what a checkpoint of this run must agree with
 
     @property
@@ -64,31 +64,27 @@ def prepare(config: settings.Config) -> Run:
     """Load and check. ValueError with every problem that a stage can tell, and its cure."""
     c = config
     mesh = _checked_mesh(c)
-    goal = objective.build(
-        advantage=c.objective.advantage,
-        lam=c.objective.lam,
-        loss=c.objective.loss,
-        reduction=c.objective.reduction,
-    )
+    goal = objective.build(**method.settings(c))
     uses_teachers = goal.teacher or c.objective.source == "teacher"
-    models = {n.replace("teachers.", "teacher:"): model for n, model in loaded_roles(c).items()}
+    models = {n.replace("teachers.", "teacher:"): model for n, model in method.roles(c).items()}
     problems: list[str] = []
     roles = _load_roles(models, mesh, c, problems)
     train = _try(problems, data.load, c.data.train, c.data.tasks)
     test = _try(problems, data.load, c.data.test, c.data.tasks)
     _refuse(problems)
-    _check_contract(roles)
+    _check_contract(c, roles)
     stop = _stop_ids(c, roles["student"].tokenizer)
     _check_data(c, train, test, roles, stop)
-    teachers = tuple(dict.fromkeys(teacher_of(c, t) for t in c.data.tasks)) if uses_teachers else ()
+    named = dict.fromkeys(name for t in c.data.tasks for name in method.teachers_of(c, t))
+    teachers = tuple(named) if uses_teachers else ()
     return Run(
         config=c,
         mesh=mesh,
         roles=roles,
         train=train,
         test=test,
-        recipe=_recipe(c, mesh, goal, roles, teachers, stop),
-        frozen=step.Frozen(
+        recipe=recipe_of(c, mesh, goal, roles, teachers, stop),
+        frozen=Frozen(
             teachers=tuple(roles[f"teacher:{name}"].params for name in teachers),
             reference=roles["reference"].params if goal.reference else None,
             base=lora.split(roles["student"].params)[1],
@@ -116,31 +112,6 @@ def _checked_mesh(c: settings.Config) -> jax.sharding.Mesh:
             )
     _refuse(problems)
     return mesh
-
-
-def _recipe(c: settings.Config, mesh, goal, roles, teachers: tuple[str, ...], stop) -> step.Recipe:
-    """What the step is compiled from; teachers: names of those that score or write."""
-    optimizer, rate = make_optimizer(**dataclasses.asdict(c.optimizer), steps=c.steps)
-    decays = {c.teachers[name].follows for name in teachers} - {None}
-    return step.Recipe(
-        mesh=mesh,
-        student=roles["student"].decoder,
-        teachers=tuple(roles[f"teacher:{name}"].decoder for name in teachers),
-        routes=tuple(teachers.index(teacher_of(c, t)) for t in c.data.tasks) if teachers else (),
-        reference=roles["reference"].decoder if goal.reference else None,
-        objective=goal,
-        optimizer=optimizer,
-        learning_rate=rate,
-        source=c.objective.source,
-        group_rows=data.group_sizes(c.batch.prompts, c.batch.rollouts, c.data.tasks),
-        completion_length=c.sampling.completion_length,
-        temperature=c.sampling.temperature,
-        eos_ids=stop,
-        n_vocab=roles["student"].tokenizer.vocab_size,
-        microbatches=c.batch.microbatches,
-        head_chunk=c.batch.head_chunk,
-        ema_decay=next(iter(decays), None),
-    )
 
 
 def _identity(c: settings.Config, roles: dict[str, Role], train, test, stop) -> dict[str, str]:
@@ -265,9 +236,17 @@ def _check_context(name: str, model: settings.Model, cfg: ModelConfig, c) -> Non
         )
 
 
-def _check_contract(roles: dict[str, Role]) -> None:
+def _check_contract(c: settings.Config, roles: dict[str, Role]) -> None:
     """Completion ids are shared, so every role must read them as the student does."""
     student, problems = roles["student"].tokenizer, []
+    for task in c.data.tasks:
+        named = {name: roles.get(f"teacher:{name}") for name in teachers_of(c, task)}
+        readers = [role.reader for role in named.values() if role is not None]
+        if not all(reader.reads_as(readers[0]) for reader in readers):
+            problems.append(
+                f"routes mix the teachers {sorted(named)} of task {task!r}, and they read prompts "
+                "differently (template or context); mix teachers that read alike"
+            )
     for name, role in roles.items():
         _try(problems, tokenizers.require_same_ids, student, role.tokenizer, name)
     _refuse(problems)
@@ -297,7 +276,7 @@ def views(c: settings.Config, roles: dict[str, Role]) -> dict:
     Options of data.prompts: teachers by task, reference; absent where they read as it does.
     """
     own, found = roles["student"].reader, {}
-    teachers = {t: roles.get(f"teacher:{teacher_of(c, t)}") for t in c.data.tasks}
+    teachers = {t: roles.get(f"teacher:{next(iter(teachers_of(c, t)))}") for t in c.data.tasks}
     if all(teachers.values()):
         readers = {task: role.reader for task, role in teachers.items()}
         if not all(reader.reads_as(own) for reader in readers.values()):
@@ -315,7 +294,7 @@ def _check_data(c: settings.Config, train: data.Dataset, test, roles, stop) -> N
     _try(problems, data.check_lengths, train, own, completion_length=imitates, stop=stop)
     _try(problems, data.check_lengths, test, own)
     for task, reader in other.get("teachers", {}).items():
-        says = f"teacher {teacher_of(c, task)!r} on task {task!r}: "
+        says = f"teacher {next(iter(teachers_of(c, task)))!r} on task {task!r}: "
         _try(problems, data.check_lengths, train.only(task), reader, says=says)
     for name, role in roles.items() if c.evaluation.teachers else ():
         as_checked = role.reader.reads_as(own) and role.reader.length >= own.length
@@ -325,6 +304,15 @@ def _check_data(c: settings.Config, train: data.Dataset, test, roles, stop) -> N
     if "reference" in other:
         _try(problems, data.check_lengths, train, other["reference"], says="reference: ")
     _try(problems, held_out, test, c.evaluation.problems)
+    if not c.objective.lam_by_row:
+        rows = [
+            r.source for of_task in train.records.values() for r in of_task if r.lam is not None
+        ]
+        if rows:
+            problems.append(
+                f"{len(rows)} rows of {train.source} name a lambda of their own, the first "
+                f"{rows[0]}; set --config.objective.lam_by_row=True, or take out their 'lam'"
+            )
     for dataset in (train, test):
         for task, records in dataset.records.items():
             # No verifier runs a completion of this length, but each reads its records' answers.

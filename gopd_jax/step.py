@@ -5,102 +5,17 @@ compiled program with a donated state; `staged` compiles them apart, for when th
 between them (verifier rewards). Both run the same functions and give the same numbers.
 """
 
-import dataclasses
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import optax
-from flax import struct
-from jax.sharding import Mesh
 
-from gopd_jax import batching, sampler, scoring, sharding
+from gopd_jax import batching, heads, sampler, scoring, sharding
 from gopd_jax.models import lora
 from gopd_jax.models.decoder import Decoder
-from gopd_jax.models.params import abstract_params, logical_axes
-from gopd_jax.objectives.diagnostics import diagnostics
-from gopd_jax.objectives.objective import Objective
-from gopd_jax.types import Mean, Params, Prompts, Rollout, Scores, TrainState
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """Everything static about a step."""
-
-    mesh: Mesh
-    student: Decoder
-    teachers: tuple[Decoder, ...]  # each once; empty where none scores
-    routes: tuple[int, ...]  # index in teachers of each task's own
-    reference: Decoder | None
-    objective: Objective
-    optimizer: optax.GradientTransformation
-    learning_rate: Callable  # step -> rate, for the log
-    source: str  # student, teacher or data: who writes the completions
-    group_rows: tuple[int, ...]  # rows of each task; a batch is sorted by task
-    completion_length: int
-    temperature: float
-    eos_ids: tuple[int, ...]
-    n_vocab: int  # ids that can be sampled
-    microbatches: int
-    head_chunk: int
-    ema_decay: float | None = None  # of the student's moving average, where a teacher follows it
-
-
-@struct.dataclass
-class Frozen:
-    """Parameters that no gradient reaches: each teacher's, and the reference's or None.
-
-    They may lie in host memory (memory kind pinned_host): the step brings them in one model after
-    another, and keeps none. A teacher that is None follows the student: see `following`. base is
-    what of the student is frozen, where adapters alone are trained.
-    """
-
-    teachers: tuple[Params | None, ...]
-    reference: Params | None
-    base: Params | None = None
-
-
-def state_shardings(recipe: Recipe) -> TrainState:
-    """NamedShardings of a TrainState: moments lie as the parameters they belong to."""
-    cfg, mesh = recipe.student.cfg, recipe.mesh
-    of_params = sharding.shardings(mesh, lora.split(logical_axes(cfg))[0])
-    whole = sharding.replicated(mesh)
-    opt_state = jax.eval_shape(recipe.optimizer.init, lora.split(abstract_params(cfg))[0])
-    of_opt = optax.tree_utils.tree_map_params(
-        recipe.optimizer,
-        lambda _, s: s,
-        opt_state,
-        of_params,
-        transform_non_params=lambda _: whole,
-    )
-    of_ema = None if recipe.ema_decay is None else of_params
-    return TrainState(step=whole, params=of_params, opt_state=of_opt, ema=of_ema)
-
-
-def init_state(recipe: Recipe, params: Params) -> TrainState:
-    """Step 0 of the student's parameters, sharded as `state_shardings`. params is not donated.
-
-    Where the student has adapters, the state holds these alone.
-    """
-    params, _ = lora.split(params)
-
-    def start(params):
-        # A copy: the state is donated to the step, and the reference may be the same arrays.
-        params = jax.tree.map(jnp.copy, params)
-        ema = None if recipe.ema_decay is None else jax.tree.map(jnp.copy, params)
-        return TrainState(jnp.int32(0), params, recipe.optimizer.init(params), ema)
-
-    return jax.jit(start, out_shardings=state_shardings(recipe))(params)
-
-
-def following(frozen: Frozen, state: TrainState) -> Frozen:
-    """The frozen models, with the student's moving average for each teacher that follows it."""
-    if None not in frozen.teachers:
-        return frozen
-    average = lora.join(state.ema, frozen.base)
-    teachers = (average if params is None else params for params in frozen.teachers)
-    return frozen.replace(teachers=tuple(teachers))
-
+from gopd_jax.recipe import Frozen, Recipe, following, state_shardings
+from gopd_jax.types import Params, Prompts, Rollout, Scores, TrainState
+from gopd_jax.update import update
 
 # --- the stages
 
@@ -123,7 +38,8 @@ def generate(recipe: Recipe, params: Params, frozen: Frozen, prompts: Prompts, k
             params = batching.resident(frozen.teachers[i], after)
             return _sample(recipe, recipe.teachers[i], params, rows, key, view=rows.teacher)
 
-        rollout = batching.by_teacher(write, prompts, **_groups(recipe))
+        (routes,) = recipe.routes
+        rollout = batching.by_teacher(write, prompts, **_groups(recipe, routes))
     else:
         whole = lora.join(params, frozen.base)
         rollout = _sample(recipe, recipe.student, whole, prompts, key)
@@ -131,111 +47,83 @@ def generate(recipe: Recipe, params: Params, frozen: Frozen, prompts: Prompts, k
 
 
 def score(recipe: Recipe, frozen: Frozen, rollout: Rollout) -> Scores:
-    """What the objective needs of the frozen models: each row by its own teacher. No gradient."""
-    teacher_BT = ref_BT = None
-    if recipe.objective.teacher:
+    """What the objective needs of the frozen models: each row by its own teacher. No gradient.
 
-        def judge(i, rows, after):
-            params = batching.resident(frozen.teachers[i], after)
-            return _logps(recipe, recipe.teachers[i], params, rows, "teacher")
-
-        teacher_BT = sharding.constrain_rows(batching.by_teacher(judge, rollout, **_groups(recipe)))
-    if recipe.objective.reference:
-        params = batching.resident(frozen.reference, teacher_BT)
-        ref_BT = _logps(recipe, recipe.reference, params, rollout, "reference")
-    return jax.lax.stop_gradient(Scores(teacher_BT=teacher_BT, ref_BT=ref_BT))
-
-
-def update(recipe: Recipe, state: TrainState, rollout: Rollout, scores: Scores, base=None):
-    """(state after one optimizer step, metrics {key: Mean}); base: Frozen's.
-
-    Weights and baselines are fixed on the whole batch first; the gradient is then summed over
-    microbatches. The student's log-probs come from the loss's own forward pass. A gradient that is
-    not finite leaves params and optimizer as they were, and counts as skipped.
+    Log-probs of the sampled tokens; hidden states where it needs whole distributions.
     """
-    objective = recipe.objective
-    if objective.baseline:
-        scores = scores.replace(reward_B=objective.baseline(scores.reward_B, rollout.group_B))
-    weight_BT = objective.reduction(rollout.mask_BT)
+    objective, found = recipe.objective, {}
+    whole, before = objective.vocabulary, None
+    if objective.teacher:
+        width = max(decoder.cfg.hidden_size for decoder in recipe.teachers)
+        answers = []
+        for routes in recipe.routes:
 
-    def loss_of(params, rows):
-        rollout, scores, weight_BT = rows
-        whole = lora.join(params, base)
-        logp_BT, entropy_BT = scoring.score(recipe.student, whole, rollout, **_head(recipe))
-        student_BT = jax.lax.stop_gradient(logp_BT)
-        advantage_BT = objective.advantage(scores.replace(student_BT=student_BT), rollout.mask_BT)
-        advantage_BT = jax.lax.stop_gradient(advantage_BT)
-        loss_BT = objective.loss(logp_BT, advantage_BT)
-        return jnp.sum(weight_BT * loss_BT), (student_BT, entropy_BT, advantage_BT)
+            def judge(i, rows, after):
+                params = batching.resident(frozen.teachers[i], after)
+                decoder = recipe.teachers[i]
+                if whole:
+                    hidden_BCD = _judged(recipe, decoder, params, rows, "teacher", _states)
+                    missing = width - decoder.cfg.hidden_size
+                    return jnp.pad(hidden_BCD, ((0, 0), (0, 0), (0, missing)))
+                return _judged(recipe, decoder, params, rows, "teacher", _logps)
 
-    def one(carry, rows):
-        loss, grads = carry
-        (more, seen), grads_more = jax.value_and_grad(loss_of, has_aux=True)(state.params, rows)
-        return (loss + more, jax.tree.map(jnp.add, grads, grads_more)), seen
-
-    zero = jnp.float32(0), jax.tree.map(jnp.zeros_like, state.params)
-    rows = rollout.replace(teacher=None, reference=None), scores, weight_BT
-    pieces = batching.split(rows, recipe.microbatches)
-    (loss, grads), seen = jax.lax.scan(one, zero, pieces)
-    student_BT, entropy_BT, advantage_BT = batching.join(seen, recipe.microbatches)
-
-    grad_norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(grad_norm) & jnp.isfinite(loss)
-    updates, opt_state = recipe.optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    ema = None
-    if (decay := recipe.ema_decay) is not None:
-        ema = jax.tree.map(lambda m, p: decay * m + (1 - decay) * p, state.ema, params)
-    params, opt_state, ema = jax.tree.map(
-        lambda new, old: jnp.where(finite, new, old),
-        (params, opt_state, ema),
-        (state.params, state.opt_state, state.ema),
-    )
-    metrics = diagnostics(
-        rollout,
-        scores.replace(student_BT=student_BT),
-        entropy_BT,
-        advantage_BT,
-        n_tasks=len(recipe.group_rows),
-    )
-    one_count = jnp.float32(1)
-    metrics |= {
-        "loss": Mean(loss, one_count),
-        "grad_norm": Mean(grad_norm, one_count),
-        "skipped": Mean(1.0 - finite.astype(jnp.float32), one_count),
-        "learning_rate": Mean(jnp.float32(recipe.learning_rate(state.step)), one_count),
-    }
-    return TrainState(state.step + 1, params, opt_state, ema), metrics
+            answer = batching.by_teacher(judge, rollout, **_groups(recipe, routes))
+            answers.append(before := sharding.constrain_rows(answer))
+        if whole:
+            found["teacher_hidden"] = tuple(answers)
+        else:
+            found["teacher_BT"] = heads.mix(recipe, [logp_BT for logp_BT, _ in answers])
+            if recipe.mixture is None:
+                found["teacher_entropy_BT"] = answers[0][1]
+            found["teacher_BT"] = jnp.where(rollout.mask_BT, found["teacher_BT"], 0.0)
+    if objective.reference:
+        params = batching.resident(frozen.reference, before)
+        read = _states if whole else _logps
+        answer = _judged(recipe, recipe.reference, params, rollout, "reference", read)
+        found |= {"ref_hidden": answer} if whole else {"ref_BT": answer[0]}
+    return jax.lax.stop_gradient(Scores(**found))
 
 
 # --- their compositions
 
 
 def fused(recipe: Recipe) -> Callable:
-    """jit of (state, frozen, prompts, key) -> (state, rollout, metrics); the state is donated."""
+    """jit of (state, frozen, prompts, key) -> (state, rollout, metrics); the state is donated.
+
+    rollout is what was learnt from. Where the sampler lags, prompts and key are those of the step
+    recipe.lag later: its completions are written now and wait in state.pending.
+    """
 
     def step(state, frozen, prompts, key):
         frozen = following(frozen, state)
         rollout = generate(recipe, state.params, frozen, prompts, key)
+        if recipe.lag:
+            rollout, state = turn(state, rollout)
         scores = score(recipe, frozen, rollout)
-        state, metrics = update(recipe, state, rollout, scores, frozen.base)
+        state, metrics = update(recipe, state, rollout, scores, frozen)
         return state, rollout, metrics
 
-    return _jit(recipe, step, (state_shardings(recipe), *_rows_and_whole(recipe)), donate=(0,))
+    return compiled(recipe, step, (state_shardings(recipe), *_rows_and_whole(recipe)), donate=(0,))
+
+
+def turn(state: TrainState, newest: Rollout) -> tuple[Rollout, TrainState]:
+    """(the rollout whose turn it is, the state with the newest one at the end of those waiting)."""
+    first, *others = state.pending
+    return first, state.replace(pending=(*others, newest))
 
 
 def staged(recipe: Recipe) -> tuple[Callable, Callable, Callable]:
     """(generate, score, update) as three jits.
 
     generate(params, frozen, prompts, key) -> rollout; score(frozen, rollout) -> scores;
-    update(state, rollout, scores, frozen.base) -> (state, metrics), which donates the state. frozen
-    is that of `following` where a teacher follows the student.
+    update(state, rollout, scores, frozen) -> (state, metrics), which donates the state. frozen is
+    that of `following` where a teacher follows the student.
     """
     rows, whole = _rows_and_whole(recipe)
     return (
-        _jit(recipe, lambda *args: generate(recipe, *args), rows),
-        _jit(recipe, lambda *args: score(recipe, *args), rows),
-        _jit(
+        compiled(recipe, lambda *args: generate(recipe, *args), rows),
+        compiled(recipe, lambda *args: score(recipe, *args), rows),
+        compiled(
             recipe,
             lambda *args: update(recipe, *args),
             (state_shardings(recipe), whole),
@@ -252,7 +140,7 @@ def sampling(recipe: Recipe, decoder: Decoder, *, greedy: bool = False) -> Calla
         params = batching.resident(params)
         return _sample(recipe, decoder, params, prompts, key, greedy=greedy)
 
-    return _jit(recipe, sample, rows)
+    return compiled(recipe, sample, rows)
 
 
 def judging(recipe: Recipe, decoder: Decoder) -> Callable:
@@ -263,11 +151,12 @@ def judging(recipe: Recipe, decoder: Decoder) -> Callable:
         params = batching.resident(params)
         return scoring.score(decoder, params, rollout, view=view, **_head(recipe))
 
-    return _jit(recipe, judge, rows)
+    return compiled(recipe, judge, rows)
 
 
-def _jit(recipe, function, out_shardings, donate=()):
-    compiled = jax.jit(function, out_shardings=out_shardings, donate_argnums=donate)
+def compiled(recipe: Recipe, function: Callable, out_shardings, donate=()) -> Callable:
+    """jit of a function that is traced, lowered and called on the recipe's mesh."""
+    jitted = jax.jit(function, out_shardings=out_shardings, donate_argnums=donate)
 
     def on_mesh(method):
         def call(*args):
@@ -276,8 +165,8 @@ def _jit(recipe, function, out_shardings, donate=()):
 
         return call
 
-    call = on_mesh(compiled)
-    call.trace, call.lower = on_mesh(compiled.trace), on_mesh(compiled.lower)
+    call = on_mesh(jitted)
+    call.trace, call.lower = on_mesh(jitted.trace), on_mesh(jitted.lower)
     return call
 
 
@@ -285,8 +174,8 @@ def _rows_and_whole(recipe):
     return sharding.by_rows(recipe.mesh), sharding.replicated(recipe.mesh)
 
 
-def _groups(recipe) -> dict:
-    return {"mesh": recipe.mesh, "routes": recipe.routes, "group_rows": recipe.group_rows}
+def _groups(recipe, routes) -> dict:
+    return {"mesh": recipe.mesh, "routes": routes, "group_rows": recipe.group_rows}
 
 
 def _head(recipe) -> dict:
@@ -325,18 +214,25 @@ def _sample(recipe, decoder, params, prompts, key, view=None, greedy=False):
     return sampler.assemble(prompts, tokens_BC, mask_BC, logp_BC, rollout.ended_B)
 
 
-def _logps(recipe, decoder, params, rollout, role: str):
-    """logp_BT of a frozen model, a microbatch of rows at a time as in the update.
+def _judged(recipe, decoder, params, rollout, role: str, read):
+    """read(...) of a frozen model, a microbatch of rows at a time as in the update.
 
     role: teacher or reference, whose view of the prompts it is shown.
     """
     n_rows = rollout.tokens_BL.shape[0]
-    microbatch = sum(recipe.group_rows) // recipe.microbatches
+    microbatch = sum(recipe.group_rows) // recipe.pieces
     local = n_rows // sharding.n_row_shards(recipe.mesh)
     n = next(n for n in range(-(-n_rows // microbatch), local + 1) if local % n == 0)
 
-    def logps(rows):
-        view = getattr(rows, role)
-        return scoring.score(decoder, params, rows, view=view, **_head(recipe))[0]
+    def one(rows):
+        return read(recipe, decoder, params, rows, getattr(rows, role))
 
-    return batching.join(jax.lax.map(logps, batching.split(rollout, n)), n)
+    return batching.join(jax.lax.map(one, batching.split(rollout, n)), n)
+
+
+def _logps(recipe, decoder, params, rows, view):
+    return scoring.score(decoder, params, rows, view=view, **_head(recipe))
+
+
+def _states(recipe, decoder, params, rows, view):
+    return scoring.hidden(decoder, params, rows, view, after=True)[0]

@@ -6,21 +6,18 @@ import math
 from pathlib import Path
 
 import jax
-import numpy as np
 
-from gopd_jax import checkpoint, data, metrics, preflight, results, sharding, step
+from gopd_jax import checkpoint, data, metrics, preflight, results, step
 from gopd_jax import config as settings
-from gopd_jax.evaluate import completions, evaluate
-from gopd_jax.models import lora
-from gopd_jax.models.params import abstract_params
-from gopd_jax.problems import teacher_of
-from gopd_jax.setup import Run, prepare, views
+from gopd_jax.advance import Stepper, abstract_state, prompts_of
+from gopd_jax.evaluate import evaluate
+from gopd_jax.method import teachers_of
+from gopd_jax.recipe import init_state
+from gopd_jax.setup import Run, prepare
 from gopd_jax.signals import stop_signals
-from gopd_jax.types import Mean, Scores, TrainState
-from gopd_jax.verifiers import verify
+from gopd_jax.types import TrainState
 
-# Randomness is named by what it is for; a number per use keeps the streams apart.
-ROLLOUT_STREAM, EVALUATION_SEED = 0, 1
+EVALUATION_SEED = 1  # the stream of rollouts is 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,7 +65,7 @@ def begin(config: settings.Config) -> Begun:
             f"{config.workdir} holds step {newest} and steps is {config.steps}; give "
             f"--config.steps={newest} or more, or another --config.workdir to start anew"
         )
-    state = checkpoint.restore(config.workdir, _abstract_state(this.recipe), this.identity)
+    state = checkpoint.restore(config.workdir, abstract_state(this), this.identity)
     return Begun(this=this, state=state)
 
 
@@ -93,7 +90,7 @@ def finish(begun: Begun) -> Summary:
     """The rest of a run: evaluate, step, save, evaluate, export."""
     this, start, resumed = begun.this, begun.step, begun.state is not None
     config, workdir = this.config, Path(this.config.workdir)
-    state = begun.state if resumed else step.init_state(this.recipe, this.student.params)
+    state = begun.state if resumed else init_state(this.recipe, this.student.params)
     del begun  # its state is donated to the first step
     first, traced = jax.process_index() == 0, _steps(config.profile)
     manager = checkpoint.open_manager(workdir, keep=config.checkpoints.keep)
@@ -106,7 +103,7 @@ def finish(begun: Begun) -> Summary:
         # A run without a checkpoint starts over: rows of step 0 are its to write again too.
         metrics.Writer(workdir, resume_step=start if resumed else -1, enabled=first) as writer,
         metrics.Progress(config.steps, start, enabled=first) as progress,
-        contextlib.closing(data.prefetch(_prompts(this), start)) as batches,
+        contextlib.closing(data.prefetch(prompts_of(this), start + config.sampling.lag)) as batches,
         contextlib.ExitStack() as trace,
     ):
         if start == config.steps:
@@ -119,7 +116,8 @@ def finish(begun: Begun) -> Summary:
         if not resumed:
             signal_of = _judge_all(this, judge, state, stop, progress.note)
         watch.lap(0)
-        advance = _advance(this)
+        advance = Stepper(this)
+        state = advance.begin(state)
         for i in range(start, config.steps):
             if signal_of := signal_of or stop():
                 break
@@ -150,19 +148,6 @@ def finish(begun: Begun) -> Summary:
     return Summary(workdir=workdir, step=reached, stopped_by=signal_of, export=export)
 
 
-def _abstract_state(recipe: step.Recipe) -> TrainState:
-    """Shapes, dtypes and shardings of the run's TrainState."""
-    params, _ = lora.split(abstract_params(recipe.student.cfg))
-    opt_state = jax.eval_shape(recipe.optimizer.init, params)
-    ema = None if recipe.ema_decay is None else params
-    shapes = TrainState(jax.ShapeDtypeStruct((), np.int32), params, opt_state, ema)
-    return jax.tree.map(
-        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
-        shapes,
-        step.state_shardings(recipe),
-    )
-
-
 def _steps(profile: str | None) -> range:
     """The steps that "10:13" names: 10, 11 and 12."""
     return range(*map(int, profile.split(":"))) if profile else range(0)
@@ -181,7 +166,9 @@ def _judge_all(this: Run, judge, state: TrainState, stop, note) -> int | None:
         return signal_of
     students = judge("student", this.student.decoder, results.whole(this, state), 0)
     for task in this.train.tasks if this.recipe.teachers else ():
-        if (name := f"teacher:{teacher_of(this.config, task)}") in found:
+        for name in (f"teacher:{name}" for name in teachers_of(this.config, task)):
+            if name not in found:
+                continue
             told, own = found[name][task], students[task]
             if told["accuracy"] <= own["accuracy"] + math.hypot(told["stderr"], own["stderr"]):
                 note(
@@ -189,74 +176,6 @@ def _judge_all(this: Run, judge, state: TrainState, stop, note) -> int | None:
                     f"{told['accuracy']:.1%} and {own['accuracy']:.1%}: is it the right teacher?"
                 )
     return None
-
-
-def _advance(this: Run):
-    """(state, prompts on the host, step) -> (state, the step's metrics row)."""
-    config, recipe, tasks = this.config, this.recipe, this.train.tasks
-    key = jax.random.fold_in(jax.random.key(config.seed), ROLLOUT_STREAM)
-    needs_reward = recipe.objective.reward
-    every = config.evaluation.verify_every if config.objective.source == "student" else None
-    fused = None if needs_reward else step.fused(recipe)
-    generate, score, update = step.staged(recipe)
-
-    def rewards(rollout, prompts):
-        texts = completions(this.student.tokenizer, sharding.to_host(rollout))
-        verdicts = verify(texts, prompts.records)
-        return np.array([verdict.score for verdict in verdicts], np.float32)
-
-    def advance(state, prompts, i: int):
-        rows = sharding.to_global(this.mesh, prompts.replace(records=()))
-        step_key = jax.random.fold_in(key, i)
-        reward_B = None
-        if needs_reward:
-            frozen = step.following(this.frozen, state)
-            rollout = generate(state.params, frozen, rows, step_key)
-            reward_B = sharding.to_global(this.mesh, rewards(rollout, prompts))
-            scores = score(frozen, rollout)
-            scores = Scores(teacher_BT=scores.teacher_BT, ref_BT=scores.ref_BT, reward_B=reward_B)
-            state, found = update(state, rollout, scores, frozen.base)
-        else:
-            state, rollout, found = fused(state, this.frozen, rows, step_key)
-            if every and i % every == 0:
-                reward_B = sharding.to_global(this.mesh, rewards(rollout, prompts))
-        found = jax.device_get(found)
-        if reward_B is not None:
-            reward_B = sharding.gather(reward_B)
-            found["reward"] = Mean.of(reward_B)
-            per_task = np.split(reward_B, np.cumsum(recipe.group_rows)[:-1])
-            found |= {f"reward/{task}": Mean.of(r) for task, r in zip(tasks, per_task)}
-        if (by_task := found.pop("kl_teacher_task", None)) is not None:
-            for task, total, count in zip(tasks, by_task.total, by_task.count):
-                found[f"kl_teacher/{task}"] = Mean(total, count)
-        return state, metrics.to_row(found)
-
-    return advance
-
-
-def _prompts(this: Run):
-    """step -> this process's prompts."""
-    c = this.config
-    process, n_processes = sharding.process_share(this.mesh, c.batch.prompts * c.batch.rollouts)
-    other = views(c, this.roles)
-
-    def make(i: int):
-        return data.prompts(
-            this.train,
-            this.student.reader,
-            i,
-            seed=c.seed,
-            n_prompts=c.batch.prompts,
-            rollouts=c.batch.rollouts,
-            process=process,
-            n_processes=n_processes,
-            completion_length=c.sampling.completion_length
-            if c.objective.source == "data"
-            else None,
-            **other,
-        )
-
-    return make
 
 
 def _judge(this: Run, writer: metrics.Writer, progress: metrics.Progress):

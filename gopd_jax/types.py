@@ -34,6 +34,7 @@ class Record:
     verifier: str  # a name in gopd_jax.verifiers.VERIFIERS
     source: str  # "file:line" or "dataset[index]", for messages
     completion: str | None = None  # a worked answer to imitate, where the dataset has one
+    lam: float | None = None  # the row's own lambda of the objective
     context: str | None = None  # what only a teacher may be shown: a critique, a hint, a document
 
 
@@ -57,8 +58,9 @@ class Prompts:
     global batch, which names its randomness. completion_BC / completion_mask_BC hold the dataset's
     own completion, end token included, where the objective imitates it, and are None otherwise.
     teacher, reference are the rows as each one's own teacher and as the reference reads them, None
-    where that is as the student does. records are the rows' problems; they stay on the host
-    (static: empty inside a jit).
+    where that is as the student does. lam_B float32: each row's lambda, None where all rows have
+    the objective's. records are the rows' problems; they stay on the host (static: empty inside a
+    jit).
     """
 
     tokens_BP: Any
@@ -71,6 +73,7 @@ class Prompts:
     completion_mask_BC: Any = None
     teacher: View | None = None
     reference: View | None = None
+    lam_B: Any = None
 
 
 @struct.dataclass
@@ -80,8 +83,8 @@ class Rollout:
     tokens_BL int32; valid_BL bool, False on both paddings; mask_BT bool, True where
     tokens_BL[:, t + 1] was sampled, end token included; logp_BT float32 nats under the sampler,
     0 off the mask; ended_B bool, False where the completion was cut at the length limit;
-    group_B, task_B int32, teacher, reference as in Prompts. n_prompt is the static prompt width P,
-    so that the completion fills tokens_BL[:, P:] and predictions [:, P - 1:].
+    group_B, task_B int32, teacher, reference, lam_B as in Prompts. n_prompt is the static prompt
+    width P, so that the completion fills tokens_BL[:, P:] and predictions [:, P - 1:].
     """
 
     tokens_BL: Array
@@ -94,21 +97,27 @@ class Rollout:
     n_prompt: int = struct.field(pytree_node=False)
     teacher: View | None = None
     reference: View | None = None
+    lam_B: Array | None = None
 
 
 @struct.dataclass
 class Scores:
-    """What the models and verifiers say of a Rollout. No gradient flows through any of it.
+    """What the frozen models and verifiers say of a Rollout. No gradient flows through any of it.
 
-    student_BT, teacher_BT (the row's own teacher), ref_BT: log-probs of the sampled tokens, float32
-    nats, 0 off the mask; reward_B float32, the verifier's. None where the objective has no use
-    for the entry: it is then not computed.
+    teacher_BT (the row's own teacher, or mixture of teachers), ref_BT: log-probs of the sampled
+    tokens, float32 nats, 0 off the mask; teacher_entropy_BT nats; reward_B float32, the verifier's.
+    An objective over the vocabulary takes teacher_hidden (an array [B, C + 1, D] for each teacher
+    of a row; D is the widest teacher's, others are padded) and ref_hidden in their place: hidden
+    states of the completion's positions and of the one after it. None where the objective has no
+    use for the entry: it is then not computed.
     """
 
-    student_BT: Array | None = None
     teacher_BT: Array | None = None
+    teacher_entropy_BT: Array | None = None
     ref_BT: Array | None = None
     reward_B: Array | None = None
+    teacher_hidden: tuple[Array, ...] | None = None
+    ref_hidden: Array | None = None
 
 
 @struct.dataclass
@@ -116,13 +125,17 @@ class TrainState:
     """What a checkpoint holds of the training.
 
     step int32 scalar; params, those that are trained; optax state; ema, their exponential moving
-    average, where a teacher follows the student, and None elsewhere.
+    average, where a teacher follows the student; critic, the value head's parameters and optax
+    state, where the objective has one; pending, the rollouts of the next steps, oldest first, where
+    the sampler lags. None where there is no such thing.
     """
 
     step: Array
     params: Params
     opt_state: Any
     ema: Params | None = None
+    critic: Any = None
+    pending: tuple[Rollout, ...] | None = None
 
 
 @struct.dataclass
@@ -139,6 +152,11 @@ class Mean:
         if mask is None:
             return cls(values.sum(), jnp.float32(values.size))
         return cls(jnp.where(mask, values, 0.0).sum(), mask.sum().astype(jnp.float32))
+
+    @classmethod
+    def one(cls, value):
+        """A number that is no mean, in the same clothes."""
+        return cls(jnp.float32(value), jnp.float32(1.0))
 
     def value(self) -> float:
         """total / count on the host; NaN for an empty mean."""

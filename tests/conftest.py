@@ -19,6 +19,7 @@ from gopd_jax.models import params as lm_params
 from gopd_jax.models.decoder import Decoder
 from gopd_jax.models.params import ModelConfig
 from gopd_jax.objectives import objective
+from gopd_jax.recipe import Frozen, Recipe, init_state
 from gopd_jax.types import Prompts
 
 jax.config.update("jax_num_cpu_devices", 8)  # before anything asks for a device
@@ -117,11 +118,11 @@ def setting(make_model, make_mesh, make_prompts):
         mesh = make_mesh(shape)
         student, reference = make_model(0), make_model(3)
         teachers = make_model(1), make_model(2, "llama", 1)
-        recipe = step.Recipe(
+        recipe = Recipe(
             mesh=mesh,
             student=student[0],
             teachers=tuple(decoder for decoder, _ in teachers),
-            routes=(0, 1),
+            routes=((0, 1),),
             reference=reference[0],
             objective=objective.build(
                 advantage=advantage, lam=lam, loss="policy_gradient", reduction="token_mean"
@@ -137,7 +138,7 @@ def setting(make_model, make_mesh, make_prompts):
             microbatches=2,
             head_chunk=2,
         )
-        frozen = step.Frozen(
+        frozen = Frozen(
             teachers=tuple(spread(mesh, teacher) for teacher in teachers),
             reference=spread(mesh, reference),
         )
@@ -155,7 +156,7 @@ def first_step(setting):
     generate, score, update = step.staged(recipe)
     rollout = generate(params, frozen, prompts, jax.random.key(0))
     scores = score(frozen, rollout)
-    return rollout, scores, *update(step.init_state(recipe, params), rollout, scores)
+    return rollout, scores, *update(init_state(recipe, params), rollout, scores)
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from gopd_jax.models import decoder as lm
 from gopd_jax.models import hf, lora
 from gopd_jax.models import params as lm_params
 from gopd_jax.models.params import Lora
+from gopd_jax.recipe import init_state
 
 LORA = Lora(rank=3, alpha=6.0, targets=r"(q|o|down)_proj")
 KEY = jax.random.key(0)
@@ -96,7 +97,7 @@ def setting_with_adapters(setting, shape=(1, 1, 1)):
 def test_a_step_trains_the_adapters_alone_by_the_gradient_of_the_merged_model(setting):
     recipe, whole, frozen, prompts = setting_with_adapters(setting)
     generate, score, update = step.staged(recipe)
-    state = step.init_state(recipe, whole)
+    state = init_state(recipe, whole)
     assert {*state.params["layers"]} == {f"{n}_lora_{p}" for n in ("q", "o", "down") for p in "ab"}
     rollout = generate(state.params, frozen, prompts, KEY)
     scores = score(frozen, rollout)
@@ -131,7 +132,7 @@ def test_adapters_on_a_mesh(setting, shape):
     results = []
     for mesh in ((1, 1, 1), shape):
         recipe, whole, frozen, prompts = setting_with_adapters(setting, mesh)
-        state = step.init_state(recipe, whole)
+        state = init_state(recipe, whole)
         state, _, _ = step.fused(recipe)(state, frozen, prompts, KEY)
         results.append(jax.device_get(state.params))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), *results)

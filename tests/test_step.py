@@ -9,6 +9,7 @@ import pytest
 from gopd_jax import step
 from gopd_jax.models import decoder as lm
 from gopd_jax.optimizer import make_optimizer
+from gopd_jax.recipe import Frozen, init_state
 from gopd_jax.types import Scores
 
 TASK_B = np.repeat([0, 1], [6, 10])
@@ -112,7 +113,7 @@ def test_microbatches_and_chunks_change_nothing(setting, first_step, microbatche
     _, score, update = step.staged(recipe)
     scores = score(frozen, rollout)
     same(scores, want_scores)
-    state, metrics = update(step.init_state(recipe, params), rollout, scores)
+    state, metrics = update(init_state(recipe, params), rollout, scores)
     same(state, want_state)
     same(values(metrics), values(want_metrics))
 
@@ -124,7 +125,7 @@ def test_lambda_one_takes_no_reference(setting, first_step):
     scores = score(frozen.replace(reference=None), rollout)
     assert scores.ref_BT is None
     same(scores.teacher_BT, first_step[1].teacher_BT)
-    state, metrics = update(step.init_state(recipe, params), rollout, scores)
+    state, metrics = update(init_state(recipe, params), rollout, scores)
     assert "kl_ref" not in metrics
     teacher_BT = own_teacher(recipe, frozen, rollout)
     loss_of = mean_loss(recipe, rollout, lambda logp_BT: teacher_BT - logp_BT)
@@ -134,7 +135,7 @@ def test_lambda_one_takes_no_reference(setting, first_step):
 def test_lambda_zero_descends_the_divergence_from_the_reference(setting, first_step):
     recipe, params, frozen, _ = setting(lam=0.0)
     rollout, scores, _, _ = first_step
-    state, _ = step.staged(recipe)[2](step.init_state(recipe, params), rollout, scores)
+    state, _ = step.staged(recipe)[2](init_state(recipe, params), rollout, scores)
     ref_BT = full_logp(recipe, recipe.reference, frozen.reference, rollout)
     mask_BT = rollout.mask_BT
 
@@ -150,8 +151,8 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted(setting, first_ste
     rollout, scores, want_state, _ = first_step
     update = step.staged(recipe)[2]
     broken = scores.replace(teacher_BT=scores.teacher_BT.at[3, WIDTH - 1].set(jnp.nan))
-    start = jax.device_get(step.init_state(recipe, params))
-    state, metrics = update(step.init_state(recipe, params), rollout, broken)
+    start = jax.device_get(init_state(recipe, params))
+    state, metrics = update(init_state(recipe, params), rollout, broken)
     assert float(metrics["skipped"].total) == 1
     assert not np.isfinite(metrics["grad_norm"].total)
     assert int(state.step) == 1
@@ -179,7 +180,7 @@ def test_imitation_of_the_data_is_cross_entropy(setting, n_vocab):
         completion_mask_BC=jnp.array(mask_BC),
     )
     state, rollout, metrics = step.fused(recipe)(
-        step.init_state(recipe, params), step.Frozen(teachers=(), reference=None), prompts, KEY
+        init_state(recipe, params), Frozen(teachers=(), reference=None), prompts, KEY
     )
     np.testing.assert_array_equal(rollout.tokens_BL[:, WIDTH:], prompts.completion_BC)
     np.testing.assert_array_equal(rollout.mask_BT[:, WIDTH - 1 :], mask_BC)
@@ -212,10 +213,10 @@ def test_rewards_enter_between_the_stages(setting, first_step):
     _, score, update = step.staged(recipe)
     rollout = first_step[0]
     reward_B = np.random.default_rng(4).integers(0, 2, N_ROWS).astype(np.float32)
-    scores = score(step.Frozen(teachers=(), reference=None), rollout)
+    scores = score(Frozen(teachers=(), reference=None), rollout)
     assert scores == Scores()
     state, metrics = update(
-        step.init_state(recipe, params), rollout, scores.replace(reward_B=jnp.array(reward_B))
+        init_state(recipe, params), rollout, scores.replace(reward_B=jnp.array(reward_B))
     )
     pairs = reward_B.reshape(-1, 2)  # two rollouts of each prompt
     compared = (pairs - pairs.mean(1, keepdims=True)) / (pairs.std(1, keepdims=True) + 1e-4)

@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from gopd_jax import step
+from gopd_jax.recipe import init_state
 
 N_ROWS, WIDTH, LENGTH, SMALLEST_GROUP = 16, 5, 6, 6
 KEYS = jax.random.key(0), jax.random.key(1)
@@ -26,7 +27,7 @@ def values(metrics):
 def two_steps(setting, shape):
     """(states, [(rollout, metrics)]) on the host, of a run of two fused steps."""
     recipe, params, frozen, prompts = setting(shape)
-    run, state, states, seen = step.fused(recipe), step.init_state(recipe, params), [], []
+    run, state, states, seen = step.fused(recipe), init_state(recipe, params), [], []
     for key in KEYS:
         state, rollout, metrics = run(state, frozen, prompts, key)
         states.append(jax.device_get(state))
@@ -73,7 +74,7 @@ def test_stages_give_the_numbers_of_the_fused_step(one_device, first_step):
 def test_the_state_is_donated_and_the_parameters_it_came_from_are_not(setting):
     recipe, params, frozen, prompts = setting()
     frozen = frozen.replace(reference=params)
-    state = step.init_state(recipe, params)
+    state = init_state(recipe, params)
     before = jax.device_get(params)
     step.fused(recipe)(state, frozen, prompts, KEYS[0])
     donated = jax.tree.leaves((state.params, state.opt_state))
@@ -83,7 +84,7 @@ def test_the_state_is_donated_and_the_parameters_it_came_from_are_not(setting):
 
 def test_moments_lie_as_the_parameters_they_belong_to(setting):
     recipe, params, _, _ = setting((2, 2, 2))
-    state = step.init_state(recipe, params)
+    state = init_state(recipe, params)
     adam = state.opt_state[1][0]
     for name, spec in {"embed": P("tensor", "fsdp"), "final_norm": P("fsdp")}.items():
         for tree in (state.params, adam.mu, adam.nu):
@@ -123,7 +124,7 @@ def whole_logits(shapes, cfg):
 
 def program(setting, **changes):
     recipe, params, frozen, prompts = setting(**changes)
-    state = step.init_state(recipe, params)
+    state = init_state(recipe, params)
     return recipe.student.cfg, step.fused(recipe), (state, frozen, prompts, KEYS[0])
 
 
@@ -147,7 +148,7 @@ def test_that_check_sees_the_logits_where_the_chunk_is_all_positions(setting, fi
     recipe, params, _, _ = setting(head_chunk=LENGTH)
     rollout, scores, _, _ = first_step
     update = step.staged(recipe)[2]
-    compiled = update.lower(step.init_state(recipe, params), rollout, scores).compile()
+    compiled = update.lower(init_state(recipe, params), rollout, scores).compile()
     assert whole_logits(shapes_in(compiled.as_text()), cfg)
 
 

@@ -10,6 +10,7 @@ from test_step import KEY, N_ROWS, TASK_B, WIDTH, full_logp, same, values
 
 from gopd_jax import sharding, step
 from gopd_jax.models import decoder as lm
+from gopd_jax.recipe import following, init_state
 from gopd_jax.types import View
 
 
@@ -75,7 +76,7 @@ def test_tasks_are_routed_to_teachers(setting, first_step, routes):
     recipe, _, frozen, _ = setting()
     rollout, mask_BT = first_step[0], first_step[0].mask_BT
     teachers = max(routes) + 1
-    routed = dataclasses.replace(recipe, teachers=recipe.teachers[:teachers], routes=routes)
+    routed = dataclasses.replace(recipe, teachers=recipe.teachers[:teachers], routes=(routes,))
     _, score, _ = step.staged(routed)
     got = score(frozen.replace(teachers=frozen.teachers[:teachers]), rollout)
     both = [
@@ -94,7 +95,7 @@ def test_models_in_host_memory_give_the_same_numbers(setting, first_step, shape)
     generate, score, update = step.staged(recipe)
     rollout = generate(params, away, prompts, KEY)
     same(score(away, rollout), score(frozen, rollout), 0, 0)
-    state, _, metrics = step.fused(recipe)(step.init_state(recipe, params), away, prompts, KEY)
+    state, _, metrics = step.fused(recipe)(init_state(recipe, params), away, prompts, KEY)
     same(jax.device_get(state.params), jax.device_get(first_step[2].params), 2e-5)
     same(values(metrics), values(first_step[3]), 2e-5, 1e-4)
 
@@ -103,12 +104,12 @@ def test_a_teacher_that_follows_is_the_moving_average_of_the_student(setting):
     recipe, params, frozen, prompts = setting(ema_decay=0.75)
     recipe = dataclasses.replace(recipe, teachers=(recipe.student, recipe.teachers[1]))
     frozen = frozen.replace(teachers=(None, frozen.teachers[1]))
-    state = step.init_state(recipe, params)
-    assert step.following(frozen, state).teachers[0] is state.ema
+    state = init_state(recipe, params)
+    assert following(frozen, state).teachers[0] is state.ema
     generate, score, update = step.staged(recipe)
     ema = jax.device_get(params)
     for i in range(3):
-        now = step.following(frozen, state)
+        now = following(frozen, state)
         rollout = generate(state.params, now, prompts, jax.random.key(i))
         scores = score(now, rollout)
         if i:
@@ -118,7 +119,7 @@ def test_a_teacher_that_follows_is_the_moving_average_of_the_student(setting):
         state, _ = update(state, rollout, scores)
         ema = jax.tree.map(lambda m, p: 0.75 * m + 0.25 * p, ema, jax.device_get(state.params))
         same(jax.device_get(state.ema), ema, 1e-6)
-    fused, again = step.fused(recipe), step.init_state(recipe, params)
+    fused, again = step.fused(recipe), init_state(recipe, params)
     for i in range(3):
         again, _, _ = fused(again, frozen, prompts, jax.random.key(i))
     same(jax.device_get(again), jax.device_get(state), 2e-5)

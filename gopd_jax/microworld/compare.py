@@ -31,6 +31,7 @@ from gopd_jax.models import hf
 from gopd_jax.models import tokenizer as tokenizers
 from gopd_jax.models.decoder import Decoder
 from gopd_jax.reader import Reader
+from gopd_jax.recipe import Recipe
 
 EVALUATION_ROWS = 256  # sampled at a time
 HELP = {
@@ -48,7 +49,7 @@ class Bench:
     """What every evaluation shares."""
 
     scope: Scope
-    recipe: step.Recipe
+    recipe: Recipe
     reader: Reader
     test: data.Dataset
 
@@ -80,7 +81,7 @@ def held_out(test: data.Dataset, n_problems: int, seed: int) -> data.Dataset:
 
 
 @functools.cache
-def _sampler(recipe: step.Recipe, decoder: Decoder):
+def _sampler(recipe: Recipe, decoder: Decoder):
     return step.sampling(recipe, decoder)
 
 

@@ -31,6 +31,7 @@ from gopd_jax.models.decoder import Decoder
 from gopd_jax.objectives import objective
 from gopd_jax.optimizer import make_optimizer
 from gopd_jax.reader import Reader, solution
+from gopd_jax.recipe import Frozen, Recipe, init_state
 from gopd_jax.verifiers import verify
 
 PROMPT, COMPLETION = 44, 36  # tokens; the longest problem and answer fit
@@ -174,7 +175,7 @@ def problems(task_names, n_problems: int, seed: int, split: str) -> data.Dataset
     return data.Dataset(records=records, identity=f"microworld seed {seed}", source="microworld")
 
 
-def recipe_of(stage: Stage, chat, mesh) -> step.Recipe:
+def recipe_of(stage: Stage, chat, mesh) -> Recipe:
     optimizer, rate = make_optimizer(
         learning_rate=stage.learning_rate,
         schedule=stage.schedule,
@@ -185,7 +186,7 @@ def recipe_of(stage: Stage, chat, mesh) -> step.Recipe:
         weight_decay=0.01,
         clip_norm=1.0,
     )
-    return step.Recipe(
+    return Recipe(
         mesh=mesh,
         student=Decoder(model_config(stage.size)),
         teachers=(),
@@ -210,8 +211,8 @@ def recipe_of(stage: Stage, chat, mesh) -> step.Recipe:
 def train(stage: Stage, params, chat, mesh, seed: int, log):
     """The stage's final parameters; a line to `log` for each hundredth step, or each of GRPO's."""
     recipe = recipe_of(stage, chat, mesh)
-    state = step.init_state(recipe, params)
-    frozen = step.Frozen(teachers=(), reference=None)
+    state = init_state(recipe, params)
+    frozen = Frozen(teachers=(), reference=None)
     imitates = stage.advantage == "imitation"
     pool = both_strategies(stage.tasks, 24_000, seed, stage.shown) if imitates else None
     pool = pool or problems(stage.tasks, 4_000, seed + 1, "train")

@@ -244,9 +244,15 @@ def decode(decoder: Decoder, params, token_B, cache: Cache):
     return _final_norm(decoder, params, x_B1D[:, 0]), cache
 
 
+def head_params(decoder: Decoder, params) -> dict:
+    """What of params `logits` needs."""
+    name = "embed" if decoder.cfg.tie_word_embeddings else "head"
+    return {name: params[name]}
+
+
 def logits(decoder: Decoder, params, hidden_xD):
     """float32 logits of any leading shape, accumulated in float32. All of V: call it in chunks."""
-    head_VD = params["embed"] if decoder.cfg.tie_word_embeddings else params["head"]
+    (head_VD,) = head_params(decoder, params).values()
     logits_xV = einsum(
         "...d,vd->...v", hidden_xD, head_VD.astype(decoder.dtype), out_dtype=jnp.float32
     )

@@ -31,12 +31,12 @@ def clipped(log_u_BT, mask_BT, *, clip=None):
     return jnp.clip(log_u_BT, -clip, clip)
 
 
-def grpo(reward_B, mask_BT):
+def grpo(relative_reward_B, mask_BT):
     """The row's reward, already compared within its group, at each of its tokens.
 
-    reward_B comes from `baselines.group_relative`. arXiv 2402.03300, outcome supervision.
+    relative_reward_B comes from `baselines.group_relative`. arXiv 2402.03300, outcome supervision.
     """
-    return jnp.where(mask_BT, reward_B[:, None], 0.0)
+    return jnp.where(mask_BT, relative_reward_B[:, None], 0.0)
 
 
 def imitation(mask_BT):

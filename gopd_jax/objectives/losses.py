@@ -7,6 +7,8 @@ caller. logp_x, target_x are log-probs of the sampled tokens, advantage_x is sto
 import jax
 import jax.numpy as jnp
 
+from gopd_jax.objectives.distributional import DISTRIBUTIONAL
+from gopd_jax.objectives.routing import ROUTING
 from gopd_jax.spec import table
 
 LOG_LIMIT = 20.0  # nats of a log-ratio whose exponential is taken
@@ -65,4 +67,4 @@ def _log_ratio(logp_x, target_x):
     return value_x + (logp_x - stopped_x)
 
 
-LOSSES = table(policy_gradient, ppo, k1, k2, k3)
+LOSSES = table(policy_gradient, ppo, k1, k2, k3) | DISTRIBUTIONAL | ROUTING

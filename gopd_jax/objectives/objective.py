@@ -1,67 +1,342 @@
-"""An objective: the entries of the tables that a run combines, and what they need to be fed."""
+"""An objective: the entries of the tables that a run combines, and what they have to be fed.
+
+An entry's positional parameters name the quantities that it needs, its keyword-only ones are
+options. So what a step has to compute is read off the entries, and a new one is nowhere else named.
+"""
+
+from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable
 
+import jax.numpy as jnp
+
+from gopd_jax.objectives import divergences as f_divergences
 from gopd_jax.objectives.advantages import ADVANTAGES
-from gopd_jax.objectives.baselines import group_relative
+from gopd_jax.objectives.baselines import BASELINES
+from gopd_jax.objectives.credit import CREDITS
+from gopd_jax.objectives.divergences import DIVERGENCES
+from gopd_jax.objectives.gates import GATES
+from gopd_jax.objectives.importance import IMPORTANCE, REJECTIONS
 from gopd_jax.objectives.losses import LOSSES
 from gopd_jax.objectives.reductions import REDUCTIONS
+from gopd_jax.objectives.regularizers import REGULARIZERS
+from gopd_jax.objectives.supports import MASSES, SUPPORTS
+from gopd_jax.objectives.targets import SCHEDULES
 from gopd_jax.spec import resolve
+
+# Setting -> the table that its string chooses from; a tuple of strings in gates, regularizers.
+TABLES = {
+    "advantage": ADVANTAGES,
+    "divergence": DIVERGENCES,
+    "lam_schedule": SCHEDULES,
+    "credit": CREDITS,
+    "baseline": BASELINES,
+    "gates": GATES,
+    "importance": IMPORTANCE,
+    "rejection": REJECTIONS,
+    "loss": LOSSES,
+    "support": SUPPORTS,
+    "mass": MASSES,
+    "regularizers": REGULARIZERS,
+    "task": ADVANTAGES,
+    "reduction": REDUCTIONS,
+}
+
+# Whole rows, [B, T] or [B]. What comes of the frozen models' distributions over the vocabulary:
+TARGETS = {"target_BT", "log_u_BT", "teacher_BT", "teacher_entropy_BT", "local_kl_BT"}
+VALUES = {"value_BT", "bootstrap_B"}
+REWARDS = {"reward_B", "relative_reward_B"}  # the verifier's; compared within its prompt's rollouts
+ROWS = {
+    *("mask_BT", "position_BT", "ids_BT", "end_BT", "group_B", "ended_B", "step", *REWARDS),
+    *("student_BT", "sampler_BT", "ref_BT", "entropy_BT", *TARGETS, *VALUES),
+    *("token_reward_BT", "credit_BT", "advantage_BT"),
+}
+# Some positions of any leading shape; of the vocabulary (_xV) or of the support (_xS).
+POSITIONS = {
+    *("logp_x", "student_x", "sampler_x", "target_x", "ref_x", "ids_x", "advantage_x"),
+    *("student_xV", "target_xV", "ref_xV", "real_xV", "student_xS", "target_xS", "valid_xS"),
+}
+
+
+@functools.cache
+def names(function: Callable) -> tuple[str, ...]:
+    """The quantities that an entry needs: its positional parameters."""
+    parameters = inspect.signature(function).parameters.values()
+    return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
+
+
+def fed(function: Callable, quantities: dict):
+    """function of those of the quantities that it names."""
+    return function(**{name: quantities[name] for name in names(function)})
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Objective:
-    """Resolved functions of one objective, and which scores they use; hashable, static in a jit."""
+    """Resolved functions of one objective; hashable, static in a jit. See `build` for each."""
 
-    advantage: Callable  # (scores, mask_BT) -> A_BT
-    loss: Callable  # (logp_BT, advantage_BT) -> loss_BT
-    reduction: Callable  # (mask_BT) -> weight_BT
-    baseline: Callable | None  # (reward_B, group_B) -> reward_B, over the whole batch
-    teacher: bool  # scores.teacher_BT is used
-    reference: bool  # scores.ref_BT is used
-    reward: bool  # scores.reward_B is used
+    advantage: Callable
+    divergence: Callable
+    corrected: bool
+    lam: float
+    lam_schedule: Callable
+    lam_by_row: bool
+    ratio_cap: float | None
+    log_u_clip: float | None
+    credit: Callable
+    baseline: Callable | None
+    advantage_clip: float | None
+    gates: tuple[Callable, ...]
+    importance: Callable | None
+    rejection: Callable | None
+    veto: float | None
+    loss: Callable
+    support: Callable
+    mass: Callable
+    regularizers: tuple[Callable, ...]
+    task: Callable | None
+    distil_weight: float
+    reduction: Callable
+    mixture: str | None
     formula: str  # what is ascended, for the log and the report
 
+    # --- what has to be computed, read off the entries
 
-def build(*, advantage: str, lam: float, loss: str, reduction: str) -> Objective:
-    """Resolve the names of an objective. ValueError for a name or option that does not exist."""
-    chosen = resolve(advantage, ADVANTAGES)
-    name = getattr(chosen, "func", chosen).__name__
-    if name == "gopd":
-        chosen = functools.partial(chosen, lam=lam)
-    formulas = {
-        "gopd": "A = log T - log S  (plain on-policy distillation)"
-        if lam == 1
-        else f"A = {lam:g} (log T - log R) - (log S - log R)  (G-OPD, lambda = {lam:g})",
-        "grpo": "A = (reward - group mean) / group std  (GRPO)",
-        "imitation": "A = 1  (maximum likelihood)",
-    }
-    return Objective(
-        advantage=chosen,
-        loss=resolve(loss, LOSSES),
-        reduction=resolve(reduction, REDUCTIONS),
-        baseline=group_relative if name == "grpo" else None,
-        teacher=name == "gopd",
-        reference=name == "gopd" and lam != 1,
-        reward=name == "grpo",
-        formula=f"{formulas[name]};  loss = {loss}, reduced by {reduction}",
+    @property
+    def weighs(self) -> bool:
+        """Whether the loss weighs sampled tokens by an advantage."""
+        return "advantage_x" in names(self.loss) or any(
+            "advantage_BT" in names(gate) for gate in self.gates
+        )
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Every quantity that this objective uses."""
+        used = [self.loss, *self.regularizers, *self.gates, self.importance, self.rejection]
+        if self.weighs:
+            used += [self.advantage, self.credit, self.baseline, self.task]
+        found = {name for entry in used if entry is not None for name in names(entry)}
+        return frozenset(found | ({"sampler_BT"} if self.veto is not None else set()))
+
+    @property
+    def tilts(self) -> bool:
+        """Whether the target is another than the teacher: then it needs the reference."""
+        return self.lam != 1 or self.lam_by_row or self.lam_schedule is not SCHEDULES["constant"]
+
+    @property
+    def teacher(self) -> bool:
+        return bool(self.needs & (TARGETS | {"target_x", "target_xV", "target_xS"}))
+
+    @property
+    def reference(self) -> bool:
+        targets = TARGETS - {"teacher_BT", "teacher_entropy_BT"}
+        drawn = self.needs & (targets | {"target_x", "target_xV", "target_xS"})
+        return bool(self.needs & {"ref_BT", "ref_x", "ref_xV"}) or (self.tilts and bool(drawn))
+
+    @property
+    def reward(self) -> bool:
+        return bool(self.needs & REWARDS)
+
+    @property
+    def critic(self) -> bool:
+        return bool(self.needs & VALUES)
+
+    @property
+    def normalised(self) -> bool:
+        """Whether the sampled tokens' target has to be normalised over the vocabulary.
+
+        A constant of the state changes nothing in expectation under reverse KL, immediate or
+        summed over the sequence (it is the reward of G-OPD then), and in losses that take log T - S
+        to be linear or squared. Everyone else asks for the ratio of two distributions.
+        """
+        if not (self.tilts or self.mixture == "log"):
+            return False
+        indifferent = {LOSSES["k1"], LOSSES["k2"]}
+        if self.divergence is DIVERGENCES["reverse_kl"] and self.log_u_clip is None:
+            is_gopd = getattr(self.advantage, "func", None) is ADVANTAGES["gopd"]
+            indifferent |= {self.advantage} if is_gopd else set()
+        used = (self.loss, *self.gates, *((self.advantage, self.task) if self.weighs else ()))
+        asking = {"target_BT", "log_u_BT", "target_x"}
+        return any(e not in indifferent and asking & {*names(e)} for e in used if e is not None)
+
+    @property
+    def vocabulary(self) -> bool:
+        """Whether the frozen models' distributions are needed, not their sampled tokens' alone."""
+        over = {"target_xV", "target_xS", "ref_xV", "local_kl_BT"}
+        mixed = self.mixture is not None and "teacher_entropy_BT" in self.needs
+        return bool(self.needs & over) or self.normalised or mixed
+
+    @property
+    def prescored(self) -> bool:
+        """Whether the student scores the whole batch before the update.
+
+        Where a token's advantage depends on other rows or on the critic, and where the loss takes
+        it together with the vocabulary, it cannot come of the loss's own forward pass.
+        """
+        compares = self.weighs and self.baseline is not None and "credit_BT" in names(self.baseline)
+        return compares or self.critic or (self.weighs and over_vocabulary(self.loss))
+
+    # --- what is computed of it
+
+    def lam_at(self, step, lam_B=None):
+        """Lambda at a step: a number, or [B] where rows have their own."""
+        return self.lam_schedule(step, self.lam if lam_B is None else lam_B)
+
+    def token_reward(self, log_u):
+        """-f(u), clipped as the sampled tokens' is: for E_S over all tokens of a state."""
+        return f_divergences.token_reward(self.divergence, self.clipped(log_u))
+
+    def clipped(self, log_u):
+        c = self.log_u_clip
+        return log_u if c is None else jnp.clip(log_u, -c, c)
+
+    def advantages(self, quantities: dict) -> dict:
+        """{token_reward_BT, credit_BT, advantage_BT}, 0 off the mask; no gradient belongs in it.
+
+        The correction of an f-divergence is added after credit: it belongs to its own token and is
+        neither summed nor discounted.
+        """
+        q, mask_BT = dict(quantities), quantities["mask_BT"]
+        q["token_reward_BT"] = fed(self.advantage, q)
+        q["credit_BT"] = advantage_BT = fed(self.credit, q)
+        if self.baseline is not None:
+            advantage_BT = advantage_BT - fed(self.baseline, q)
+        if self.corrected and "log_u_BT" in names(self.advantage):
+            advantage_BT += f_divergences.correction(self.divergence, self.clipped(q["log_u_BT"]))
+        if self.task is not None:
+            advantage_BT = fed(self.task, q) + self.distil_weight * advantage_BT
+        if self.advantage_clip is not None:
+            advantage_BT = jnp.clip(advantage_BT, -self.advantage_clip, self.advantage_clip)
+        found = {name: q[name] for name in ("token_reward_BT", "credit_BT")}
+        return found | {"advantage_BT": jnp.where(mask_BT, advantage_BT, 0.0)}
+
+    def weights(self, quantities: dict):
+        """weight_BT of the tokens' losses: gates, importance, rejection; None where there is none.
+
+        What is gated or rejected still counts in the reduction's number of tokens.
+        """
+        found = [fed(gate, quantities) for gate in self.gates]
+        found += [fed(e, quantities) for e in (self.importance, self.rejection) if e is not None]
+        if self.veto is not None:
+            found.append(fed(functools.partial(REJECTIONS["veto"], floor=self.veto), quantities))
+        if not found:
+            return None
+        product = functools.reduce(lambda a, b: a * b, (x.astype(jnp.float32) for x in found))
+        return jnp.where(quantities["mask_BT"], product, 0.0)
+
+
+def over_vocabulary(function: Callable) -> bool:
+    """Whether an entry takes log-probs of more than the sampled token."""
+    return any(name.endswith(("_xV", "_xS")) for name in names(function))
+
+
+def build(
+    *,
+    advantage: str = "gopd",
+    divergence: str = "reverse_kl",
+    estimator: str = "corrected",
+    lam: float = 1.0,
+    lam_schedule: str = "constant",
+    lam_by_row: bool = False,
+    ratio_cap: float | None = None,
+    log_u_clip: float | None = None,
+    credit: str = "immediate",
+    baseline: str = "none",
+    advantage_clip: float | None = None,
+    gates: tuple[str, ...] = (),
+    importance: str = "none",
+    rejection: str = "none",
+    veto: float | None = None,
+    loss: str = "policy_gradient",
+    support: str = "full",
+    mass: str = "rest",
+    regularizers: tuple[str, ...] = (),
+    task: str | None = None,
+    distil_weight: float = 1.0,
+    reduction: str = "token_mean",
+    mixture: str | None = None,
+) -> Objective:
+    """Resolve the settings of config.objective. ValueError for a name or option that is not there.
+
+    lam_by_row: rows have a lambda of their own. mixture: "probability" or "log", where a task has
+    several teachers.
+    """
+
+    def entry(key, text):
+        return None if text in (None, "none") else resolve(text, TABLES[key])
+
+    of = entry("divergence", divergence)
+    rewarded = entry("advantage", advantage)
+    if "divergence" in inspect.signature(rewarded).parameters:
+        rewarded = functools.partial(rewarded, divergence=of, clip=log_u_clip)
+    learnt = entry("loss", loss)
+    if "divergence" in inspect.signature(learnt).parameters:
+        learnt = functools.partial(learnt, divergence=of)
+    made = Objective(
+        advantage=rewarded,
+        divergence=of,
+        corrected=estimator == "corrected" and "divergence" in _options(rewarded),
+        lam=lam,
+        lam_schedule=entry("lam_schedule", lam_schedule),
+        lam_by_row=lam_by_row,
+        ratio_cap=ratio_cap,
+        log_u_clip=log_u_clip,
+        credit=entry("credit", credit),
+        baseline=entry("baseline", baseline),
+        advantage_clip=advantage_clip,
+        gates=tuple(entry("gates", gate) for gate in gates),
+        importance=entry("importance", importance),
+        rejection=entry("rejection", rejection),
+        veto=veto,
+        loss=learnt,
+        support=entry("support", support),
+        mass=entry("mass", mass),
+        regularizers=tuple(entry("regularizers", one) for one in regularizers),
+        task=entry("task", task),
+        distil_weight=distil_weight,
+        reduction=entry("reduction", reduction),
+        mixture=mixture,
+        formula="",
     )
+    for function in (made.advantage, made.credit, made.baseline, made.task, *made.gates):
+        _check_names(function, ROWS)
+    for function in (made.loss, *made.regularizers):
+        _check_names(function, POSITIONS)
+    said = {"advantage": advantage, "divergence": divergence, "loss": loss, "reduction": reduction}
+    return dataclasses.replace(made, formula=_formula(made, said, estimator))
 
 
-def objective_problems(advantage: str, loss: str, reduction: str) -> list[str]:
-    """What `build` would object to, all at once."""
-    found = []
-    for key, text, entries in (
-        ("advantage", advantage, ADVANTAGES),
-        ("loss", loss, LOSSES),
-        ("reduction", reduction, REDUCTIONS),
-    ):
-        try:
-            resolve(text, entries)
-        except ValueError as error:
-            found.append(f"objective.{key}: {error}")
-    if advantage.startswith("gopd("):
-        found.append("objective.advantage: gopd takes its lambda from objective.lam")
-    return found
+def _options(function: Callable) -> set[str]:
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def _check_names(function: Callable | None, known: set[str]) -> None:
+    if function is not None and (unknown := set(names(function)) - known):
+        name = getattr(function, "func", function).__name__
+        raise ValueError(
+            f"{name} asks for {sorted(unknown)}, which no step computes; its positional parameters "
+            f"are among {sorted(known)}, and options are keyword-only"
+        )
+
+
+def _formula(made: Objective, said: dict, estimator: str) -> str:
+    lam, name = made.lam, said["advantage"].split("(")[0]
+    if name != "gopd" or not made.weighs:
+        first = {
+            "grpo": "A = (reward - group mean) / group std  (GRPO)",
+            "imitation": "A = 1  (maximum likelihood)",
+        }.get(name if made.weighs else "", "")
+    elif said["divergence"] != "reverse_kl":
+        sign = "u f'(u) - f(u)" if estimator == "corrected" else "-f(u)"
+        first = f"A = {sign} of {said['divergence']}, u = T_lam / S, lambda = {lam:g}  (OPD+)"
+    elif lam == 1 and not made.tilts:
+        first = "A = log T - log S  (plain on-policy distillation)"
+    else:
+        first = f"A = {lam:g} (log T - log R) - (log S - log R)  (G-OPD, lambda = {lam:g})"
+    if not made.weighs and "divergence" in _options(made.loss):
+        first = f"D = {said['divergence']} of S and T_lam, lambda = {lam:g}"
+    last = f"loss = {said['loss']}, reduced by {said['reduction']}"
+    return f"{first};  {last}" if first else last

@@ -1,0 +1,64 @@
+"""The Recipe of a run, from its settings and its loaded models."""
+
+import dataclasses
+
+from gopd_jax import config as settings
+from gopd_jax import data
+from gopd_jax.critic import Critic
+from gopd_jax.method import teachers_of
+from gopd_jax.optimizer import make_optimizer
+from gopd_jax.recipe import Mixture, Recipe
+
+
+def recipe_of(c: settings.Config, mesh, goal, roles, teachers: tuple[str, ...], stop) -> Recipe:
+    """What the step is compiled from.
+
+    goal: its Objective; roles: name -> setup.Role; teachers: names of those that score or write;
+    stop: ids that end a completion.
+    """
+    n_updates = c.batch.updates * c.batch.epochs
+    schedule = dataclasses.asdict(c.optimizer)
+    schedule["warmup_steps"] *= n_updates
+    optimizer, rate = make_optimizer(**schedule, steps=c.steps * n_updates)
+    routes, mixture = _routes(c, teachers)
+    head = None if c.critic is None or not goal.critic else c.critic
+    decays = {c.teachers[name].follows for name in teachers} - {None}
+    return Recipe(
+        mesh=mesh,
+        student=roles["student"].decoder,
+        teachers=tuple(roles[f"teacher:{name}"].decoder for name in teachers),
+        routes=routes,
+        mixture=mixture,
+        reference=roles["reference"].decoder if goal.reference else None,
+        objective=goal,
+        optimizer=optimizer,
+        learning_rate=rate,
+        source=c.objective.source,
+        group_rows=data.group_sizes(c.batch.prompts, c.batch.rollouts, c.data.tasks),
+        completion_length=c.sampling.completion_length,
+        temperature=c.sampling.temperature,
+        eos_ids=stop,
+        n_vocab=roles["student"].tokenizer.vocab_size,
+        microbatches=c.batch.microbatches,
+        updates=c.batch.updates,
+        epochs=c.batch.epochs,
+        lag=c.sampling.lag,
+        critic=head and Critic(**dataclasses.asdict(head), seed=c.seed),
+        head_chunk=c.batch.head_chunk,
+        ema_decay=next(iter(decays), None),
+    )
+
+
+def _routes(c: settings.Config, teachers: tuple[str, ...]):
+    """(Recipe.routes, its Mixture or None) of teachers by name."""
+    if not teachers:
+        return (), None
+    shares = [teachers_of(c, task) for task in c.data.tasks]
+    slots = range(max(len(share) for share in shares))
+    # A task with fewer teachers than another repeats its first at weight 0.
+    padded = [[*s.items(), *[(next(iter(s)), 0.0)] * (len(slots) - len(s))] for s in shares]
+    routes = tuple(tuple(teachers.index(task[i][0]) for task in padded) for i in slots)
+    if len(slots) == 1:
+        return routes, None
+    weights = tuple(tuple(task[i][1] for task in padded) for i in slots)
+    return routes, Mixture(weights=weights, space=c.objective.mixture)

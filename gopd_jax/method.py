@@ -1,0 +1,229 @@
+"""What a Config's objective asks of the rest of it: models, rollouts, a critic; what it lacks."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+
+from gopd_jax.objectives import checks, objective
+from gopd_jax.objectives.baselines import BASELINES
+
+SOURCES = ("student", "teacher", "data")
+MIXTURES = ("probability", "log")
+
+
+def settings(config) -> dict:
+    """config.objective as keyword arguments of objective.build."""
+    o = config.objective
+    own = {f.name: getattr(o, f.name) for f in dataclasses.fields(o)}
+    own["lam_by_row"] = o.lam_by_row or bool(o.task_lam)
+    own["mixture"] = o.mixture if any(len(_parts(t)) > 1 for t in config.routes.values()) else None
+    return {name: x for name, x in own.items() if name not in ("source", "task_lam")}
+
+
+def goal(config) -> objective.Objective | None:
+    """The objective; None where its settings are wrong."""
+    options = settings(config)
+    if checks.objective_problems(options):
+        return None
+    return objective.build(**options)
+
+
+def teachers_of(config, task: str) -> dict[str, float]:
+    """Name -> weight of the task's teachers: what routes says, or the task's own name alone."""
+    return _parts(config.routes.get(task, task))
+
+
+def _parts(text: str) -> dict[str, float]:
+    """ "name", or "name=0.7, name=0.3". ValueError for a weight that is no number."""
+    if "=" not in text:
+        return {text: 1.0}
+    pairs = [part.split("=") for part in text.split(",")]
+    return {name.strip(): float(weight) for name, weight in pairs}
+
+
+def roles(config) -> dict:
+    """Setting -> Model, of the models that this run loads."""
+    c, found = config, {"student": config.student}
+    made = goal(c)
+    if made is not None and made.reference and c.reference is not None:
+        found["reference"] = c.reference
+    judged = made is not None and made.teacher
+    if judged or c.objective.source == "teacher" or c.evaluation.teachers:
+        named = dict.fromkeys(name for task in c.data.tasks for name in teachers_of(c, task))
+        found |= {f"teachers.{name}": c.teachers[name] for name in named if name in c.teachers}
+    return found
+
+
+def find(config) -> Iterator[str]:
+    """What is wrong with the objective and what it needs of other settings."""
+    c, o = config, config.objective
+    if unread := [*_routes(c)]:
+        yield from unread
+        return
+    if wrong := checks.objective_problems(settings(c)):
+        yield from wrong
+        return
+    made = goal(c)
+    yield from _roles(c, made)
+    yield from _rows(c, made)
+    yield from _sampling(c, made)
+    if made.critic and c.critic is None:
+        yield (
+            f"objective.credit = {o.credit!r} and baseline = {o.baseline!r} need a value of each "
+            "state and there is no critic; set --config.critic=build"
+        )
+    if made.baseline is BASELINES["value"] and "value_BT" in objective.names(made.credit):
+        yield "objective.baseline = 'value' is taken off by credit = 'gae' already; use 'none'"
+    if c.critic is not None and 0 < c.steps <= c.critic.warmup_steps:
+        yield (
+            f"critic.warmup_steps = {c.critic.warmup_steps} leaves no step of steps = {c.steps} to "
+            "the student; lower it, or raise steps"
+        )
+
+
+def _routes(c) -> Iterator[str]:
+    if stray := sorted(c.routes.keys() - set(c.data.tasks)):
+        yield f"routes names tasks {stray}, which are not in data.tasks = {c.data.tasks}"
+    for task, text in c.routes.items():
+        try:
+            parts = _parts(text)
+        except ValueError:
+            yield f"routes[{task!r}] is {text!r}; give a teacher, or 'math=0.7, code=0.3'"
+            continue
+        weights = parts.values()
+        if not all(0 < w < math.inf for w in weights) or abs(sum(weights) - 1) > 1e-6:
+            yield f"routes[{task!r}] is {text!r}; weights are positive and sum to 1"
+    if c.objective.mixture not in MIXTURES:
+        yield f"objective.mixture is {c.objective.mixture!r}; it is one of {MIXTURES}"
+    if stray := sorted(c.objective.task_lam.keys() - set(c.data.tasks)):
+        yield f"objective.task_lam names {stray}, which are not in data.tasks = {c.data.tasks}"
+
+
+def _roles(c, made) -> Iterator[str]:
+    """Roles that the objective lacks, and sources of completions that it cannot learn from."""
+    o = c.objective
+    if made.reference and math.isfinite(o.lam) and c.reference is None:
+        why = "log T - log R has no R" if made.tilts else "anchor has no R"
+        yield (
+            f"objective.lam is {o.lam} and there is no reference, so {why}; set "
+            "--config.reference=build --config.reference.path=... (the student's own path, or the "
+            "teacher's base), or lam = 1"
+        )
+    imitates = _name(o.advantage) == "imitation" and made.weighs
+    if not imitates and o.source != "student" and made.weighs:
+        yield (
+            f"objective.advantage = {o.advantage!r} is on-policy and objective.source is "
+            f"{o.source!r}; use source = 'student', or advantage = 'imitation'"
+        )
+    if imitates and o.source == "student":
+        yield (
+            "objective.advantage = 'imitation' and objective.source = 'student' teach the student "
+            "what it does already; use source = 'teacher' or 'data'"
+        )
+    distils = made.teacher or o.source == "teacher"
+    missing = [t for t in c.data.tasks if not teachers_of(c, t).keys() <= c.teachers.keys()]
+    if distils and missing:
+        yield (
+            f"tasks {sorted(missing)} of data.tasks have no teacher; teachers are "
+            f"{sorted(c.teachers)} and routes {c.routes}; add theirs in a preset, route them to "
+            "one that there is, or take the tasks out of data.tasks"
+        )
+    mixed = [t for t in c.data.tasks if len(teachers_of(c, t)) > 1]
+    if mixed and o.source == "teacher":
+        yield (
+            f"objective.source = 'teacher' and tasks {mixed} have several teachers; who writes? "
+            "Route each to one, or use source = 'student'"
+        )
+
+
+def _rows(c, made) -> Iterator[str]:
+    """What the objective compares between rows, and how rows are split."""
+    b, o = c.batch, c.objective
+    compared = [k for k in ("advantage", "task") if made.weighs and _uses_reward(made, k)]
+    compared += (
+        ["gates"] if any("relative_reward_B" in objective.names(g) for g in made.gates) else []
+    )
+    if made.baseline is not None and "group_B" in objective.names(made.baseline):
+        compared.append("baseline")
+    if compared and b.rollouts == 1:
+        key = compared[0]
+        yield (
+            f"objective.{key} = {getattr(o, key)!r} compares the rollouts of one prompt and "
+            "batch.rollouts is 1; use 8, say"
+        )
+    rows = b.prompts * b.rollouts
+    if b.updates > 0 and b.microbatches > 0 and rows % (b.updates * b.microbatches):
+        yield (
+            f"batch.prompts * batch.rollouts = {rows} rows do not divide into batch.updates * "
+            f"batch.microbatches = {b.updates} * {b.microbatches}; choose divisors of {rows}"
+        )
+        return
+    names = {name for task in c.data.tasks for name in teachers_of(c, task)}
+    if made.vocabulary and len(names) > 1 and len(c.data.tasks) and b.updates * b.microbatches > 0:
+        of_task, pieces = rows // len(c.data.tasks), b.updates * b.microbatches
+        if of_task % pieces:
+            yield (
+                f"a task has {of_task} rows and batch.updates * batch.microbatches is {pieces}; an "
+                "objective over the vocabulary of several teachers needs as many rows of each task "
+                f"in every piece: choose a divisor of {of_task}"
+            )
+
+
+def _sampling(c, made) -> Iterator[str]:
+    """Off-policy settings that have nothing to correct, or nobody to correct them."""
+    o, s = c.objective, c.sampling
+    for key in ("importance", "rejection", "veto"):
+        if getattr(o, key) not in (None, "none") and o.source != "student":
+            yield (
+                f"objective.{key} = {getattr(o, key)!r} compares the student with the sampler, and "
+                f"objective.source is {o.source!r}; take it out, or use source = 'student'"
+            )
+    if s.lag and o.source != "student":
+        yield (
+            f"sampling.lag is {s.lag} and objective.source is {o.source!r}; only the student's "
+            "own rollouts can be stale: use lag = 0"
+        )
+
+
+def unused(config) -> Iterator[str]:
+    """Settings without effect: allowed, so that one flag can turn a preset into another method."""
+    c, o, made = config, config.objective, goal(config)
+    if made is None:
+        return
+    if not made.teacher and o.lam != 1:
+        yield f"objective.lam = {o.lam} has no effect in objective.advantage = {o.advantage!r}"
+    if c.reference is not None and not made.reference:
+        why = (
+            "objective.lam = 1, where it cancels"
+            if made.teacher
+            else f"advantage = {o.advantage!r}"
+        )
+        yield f"reference = {c.reference.path!r} is not loaded: {why}"
+    loaded = roles(c)
+    if idle := sorted(name for name in c.teachers if f"teachers.{name}" not in loaded):
+        yield (
+            f"teachers {idle} are not loaded: they have no use under data.tasks = {c.data.tasks}, "
+            f"advantage = {o.advantage!r} and evaluation.teachers = {c.evaluation.teachers}"
+        )
+    if c.critic is not None and not made.critic:
+        yield f"critic is not made: credit = {o.credit!r} and baseline = {o.baseline!r} need none"
+    if _name(o.loss) == "ppo" and c.batch.updates * c.batch.epochs == 1 and not c.sampling.lag:
+        yield (
+            "objective.loss = 'ppo' clips nothing in the first update of a batch, and there is "
+            "only one; raise batch.updates or batch.epochs"
+        )
+    if c.sampling.lag and o.importance == "none" and o.rejection == "none":
+        yield (
+            f"sampling.lag = {c.sampling.lag} is not corrected: objective.importance and rejection "
+            "are 'none'"
+        )
+
+
+def _uses_reward(made, key: str) -> bool:
+    entry = getattr(made, key)
+    return entry is not None and "relative_reward_B" in objective.names(entry)
+
+
+def _name(text: str) -> str:
+    return re.split(r"\(", text)[0].strip()
