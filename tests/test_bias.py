@@ -20,12 +20,12 @@ def test_every_divergence_has_its_row():
     lines = DOCUMENT.read_text().splitlines()
     for name in DIVERGENCES:
         (row,) = [line for line in lines if line.startswith(f"| {name} |")]
-        assert row.startswith(f"| {name} | 0.000 | 1.000 |")  # corrected: no bias
+        assert row.startswith(f"| {name} | 0.00 | 1.00 |")  # corrected: no bias
 
 
 def test_bias_and_cosine_are_told_of_vectors():
     want = np.array([3.0, 4.0])
-    assert bias.compared(want, want) == "0.000 | 1.000"
-    assert bias.compared(-want, want) == "2.000 | -1.000"
-    assert bias.compared(np.array([-4.0, 3.0]), want) == "1.414 | 0.000"
+    assert bias.compared(want, want) == "0.00 | 1.00"
+    assert bias.compared(-want, want) == "2.00 | -1.00"
+    assert bias.compared(np.array([-4.0, 3.0]), want) == "1.41 | 0.00"
     assert toy.LENGTH == 3  # the text of the document says so
