@@ -2,9 +2,9 @@
 
     python -m benchmarks.bias > docs/bias.md
 
-Every number is a sum over all completions, not a sample: what is left is bias. Rounded to two
-decimals, none of them near a tie, far above float32's noise, so that the document is the same wherever it is made;
-tests/test_bias.py holds that it is this command's output.
+Every number is a sum over all completions, not a sample: what is left is bias. Two decimals are
+far above float32's noise, so that the document is the same wherever it is made; tests/test_bias.py
+holds that it is this command's output.
 """
 
 import functools
