@@ -203,7 +203,7 @@ def random_rewards():
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("k", [1, 2, 3, 5, 8, 9, 40])
+@pytest.mark.parametrize("k", [1, 2, 3, 6, 7, 9, 40])
 def test_sums_are_numpys(gamma, k):
     reward_BT = random_rewards()
     want_BT = np.zeros_like(reward_BT)
@@ -233,11 +233,11 @@ def test_gae_is_the_recursion_of_the_paper():
 
 
 def test_long_rows_lose_no_digits():
-    reward_BT = np.random.default_rng(2).normal(-0.3, 1, (2, 16384)).astype(np.float32)
+    reward_BT = np.random.default_rng(2).normal(-0.3, 1, (2, 4096)).astype(np.float32)
     mask_BT = jnp.ones(reward_BT.shape, bool)
     want_BT = np.cumsum(reward_BT[:, ::-1].astype(np.float64), 1)[:, ::-1]
     np.testing.assert_allclose(return_to_go(reward_BT, mask_BT), want_BT, rtol=1e-5, atol=1e-3)
-    np.testing.assert_allclose(k_step(reward_BT, mask_BT, k=16384), want_BT, rtol=1e-5, atol=1e-3)
+    np.testing.assert_allclose(k_step(reward_BT, mask_BT, k=4096), want_BT, rtol=1e-5, atol=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -1,43 +1,77 @@
-"""Every entry of the objectives' tables: contracts, NumPy, and how they are put together."""
+"""Contracts of every entry of the objectives' tables, which is fed by its parameters' names."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from feeding import entries, fed
 
-from gopd_jax.objectives import objective
-from gopd_jax.objectives.advantages import ADVANTAGES, gopd
-from gopd_jax.objectives.baselines import group_relative
+from gopd_jax.objectives.advantages import ADVANTAGES
+from gopd_jax.objectives.baselines import BASELINES, group_relative
+from gopd_jax.objectives.credit import CREDITS
 from gopd_jax.objectives.diagnostics import diagnostics
-from gopd_jax.objectives.losses import LOSSES
+from gopd_jax.objectives.gates import GATES
+from gopd_jax.objectives.importance import IMPORTANCE, REJECTIONS
 from gopd_jax.objectives.reductions import REDUCTIONS
 from gopd_jax.spec import resolve
 from gopd_jax.types import Rollout, Scores
 
 RAGGED_BT = np.arange(5) < np.array([5, 0, 1, 3])[:, None]
-
-# Contracts of every entry; one with options that have no default is listed here with them.
-WITH_OPTIONS = {"sequence_sum": "sequence_sum(length=7)"}
+N_ROWS, N_POSITIONS = RAGGED_BT.shape
 
 
-def entries(table):
-    return [pytest.param(resolve(WITH_OPTIONS.get(n, n), table), id=n) for n in table]
-
-
-def close(got, want, atol=1e-6):
-    np.testing.assert_allclose(got, want, atol=atol)
+def close(got, want, atol=1e-6, rtol=0.0):
+    np.testing.assert_allclose(got, want, atol=atol, rtol=rtol)
 
 
 def noise(seed, shape):
     return -2 * jnp.abs(jax.random.normal(jax.random.key(seed), shape))
 
 
-def random_scores(shape=RAGGED_BT.shape):
-    names = ("student_BT", "teacher_BT", "ref_BT")
-    return Scores(
-        **{name: noise(i, shape) for i, name in enumerate(names)},
-        reward_B=jnp.array([1.0, -1.0, 0.5, 0.25]),
-    )
+# --- quantities of whole rows
+
+
+def of_rows(mask_BT, *, scale=1.0):
+    """Every quantity over whole rows; log-probs and their like up to several times `scale`."""
+    n_rows, shape = mask_BT.shape[0], mask_BT.shape
+    logs = ("student_BT", "sampler_BT", "target_BT", "teacher_BT", "ref_BT")
+    signed = ("log_u_BT", "value_BT", "advantage_BT", "credit_BT", "token_reward_BT")
+    sizes = ("entropy_BT", "teacher_entropy_BT", "local_kl_BT")
+    found = {name: scale * noise(i, shape) for i, name in enumerate(logs)}
+    for i, name in enumerate(signed):
+        found[name] = scale * jax.random.normal(jax.random.key(10 + i), shape)
+    for i, name in enumerate(sizes):
+        found[name] = scale * -noise(20 + i, shape)
+    return found | {
+        "mask_BT": jnp.array(mask_BT),
+        "position_BT": jnp.broadcast_to(jnp.arange(shape[1]), shape),
+        "ids_BT": jax.random.randint(jax.random.key(30), shape, 0, 5),
+        "end_BT": jnp.array(mask_BT) & ~jnp.pad(jnp.array(mask_BT)[:, 1:], ((0, 0), (0, 1))),
+        "group_B": jnp.arange(n_rows) // 2 * 2 % n_rows,
+        "ended_B": jnp.arange(n_rows) % 2 == 0,
+        "reward_B": jnp.cos(jnp.arange(n_rows) * 2.0),
+        "bootstrap_B": scale * jnp.sin(jnp.arange(n_rows) + 1.0),
+        "step": jnp.int32(3),
+    }
+
+
+def spoilt(quantities, junk):
+    """Junk wherever the contract says that values are arbitrary."""
+    mask_BT = quantities["mask_BT"]
+    there_B = mask_BT.any(1)
+    used_B = {"bootstrap_B": there_B & ~quantities["ended_B"], "reward_B": there_B}
+    found = dict(quantities)
+    for name, x in quantities.items():
+        if name == "mask_BT" or name in ("group_B", "ended_B", "step"):
+            continue
+        used = used_B[name] if name.endswith("_B") else mask_BT
+        if x.dtype == bool:
+            found[name] = jnp.where(used, x, True)
+        elif x.dtype == jnp.int32:
+            found[name] = jnp.where(used, x, -7)
+        else:
+            found[name] = jnp.where(used, x, junk)
+    return found
 
 
 def widen(x, value=0):
@@ -45,127 +79,90 @@ def widen(x, value=0):
     return jnp.pad(x, ((0, 0), (2, 3)), constant_values=value)
 
 
-def on_rows(scores, function):
-    """Scores with a function applied to their [B, T] entries."""
-    return scores.replace(
-        **{
-            f"{name}_BT": function(getattr(scores, f"{name}_BT"))
-            for name in ("student", "teacher", "ref")
-        }
-    )
+OF_ROWS = pytest.mark.parametrize(
+    "entry", entries(ADVANTAGES, CREDITS, BASELINES, GATES, IMPORTANCE, REJECTIONS)
+)
 
 
-@pytest.mark.parametrize("advantage", entries(ADVANTAGES))
-def test_every_advantage_is_finite_on_the_mask_zero_off_it_and_blind_to_padding(advantage):
-    mask_BT, scores = jnp.array(RAGGED_BT), random_scores()
-    want_BT = advantage(scores, mask_BT)
-    assert (want_BT.shape, want_BT.dtype) == (mask_BT.shape, jnp.float32)
+@OF_ROWS
+def test_entries_over_rows_are_zero_off_the_mask_and_read_nothing_there(entry):
+    quantities = of_rows(RAGGED_BT)
+    want_BT = fed(entry, quantities)
+    dtype = bool if want_BT.dtype == bool else jnp.float32
+    assert (want_BT.shape, want_BT.dtype) == (RAGGED_BT.shape, dtype)
     assert np.isfinite(want_BT).all()
     assert not np.asarray(want_BT)[~RAGGED_BT].any()
-    assert np.asarray(want_BT)[RAGGED_BT].all()
-    for junk in (jnp.nan, jnp.inf, -jnp.inf):
-        spoilt = on_rows(scores, lambda x, j=junk: jnp.where(mask_BT, x, j))
-        np.testing.assert_array_equal(advantage(spoilt, mask_BT), want_BT)
-        wide = on_rows(spoilt, lambda x, j=junk: widen(x, j))
-        np.testing.assert_array_equal(advantage(wide, widen(mask_BT)), widen(want_BT))
+    for junk in (jnp.nan, jnp.inf, -jnp.inf, 1e30):
+        np.testing.assert_array_equal(fed(entry, spoilt(quantities, junk)), want_BT)
+
+
+@OF_ROWS
+def test_entries_over_rows_do_not_see_padding_or_the_order_of_rows(entry):
+    quantities = of_rows(RAGGED_BT)
+    want_BT = fed(entry, quantities)
+    for junk in (jnp.nan, 1e30):
+        wide = {
+            name: widen(x, junk if x.dtype == jnp.float32 else 0) if x.ndim == 2 else x
+            for name, x in quantities.items()
+        }
+        close(fed(entry, wide), widen(want_BT), 2e-6)
     order = np.array([2, 0, 3, 1])
-    shuffled = jax.tree.map(lambda x: x[order], scores)
-    np.testing.assert_array_equal(advantage(shuffled, mask_BT[order]), want_BT[order])
+    shuffled = {name: x[order] if x.ndim else x for name, x in quantities.items()}
+    close(fed(entry, shuffled), want_BT[order], 2e-6)
 
 
-@pytest.mark.parametrize("loss", entries(LOSSES))
-def test_every_loss_is_per_token_finite_and_pushes_along_the_advantage(loss):
+@OF_ROWS
+@pytest.mark.parametrize(
+    "lengths", [[0, 0, 0, 0], [1, 1, 1, 1], [5, 5, 5, 5], [0, 0, 5, 0], [1], [0], [5]]
+)
+def test_entries_over_rows_are_finite_for_rows_of_any_length_and_extreme_values(entry, lengths):
+    mask_BT = np.arange(N_POSITIONS) < np.array(lengths)[:, None]
+    for scale in (1.0, 1e-6, 40.0, 1e4):
+        quantities = of_rows(mask_BT, scale=scale)
+        for junk in (jnp.nan, 0.0):
+            got_BT = np.asarray(fed(entry, spoilt(quantities, junk)))
+            assert got_BT.shape == mask_BT.shape
+            assert np.isfinite(got_BT).all()
+            assert not got_BT[~mask_BT].any()
+
+
+@pytest.mark.parametrize("entry", entries(GATES, IMPORTANCE))
+def test_weights_are_never_negative(entry):
+    for scale in (1.0, 1e4):
+        assert (np.asarray(fed(entry, of_rows(RAGGED_BT, scale=scale))) >= 0).all()
+
+
+@pytest.mark.parametrize("entry", entries(IMPORTANCE, REJECTIONS))
+def test_rows_of_the_students_own_are_neither_weighed_nor_rejected(entry):
+    quantities = of_rows(RAGGED_BT)
+    got_BT = fed(entry, quantities | {"sampler_BT": quantities["student_BT"]})
+    np.testing.assert_array_equal(got_BT, RAGGED_BT)
+
+
+@pytest.mark.parametrize(
+    "entry", entries({n: BASELINES[n] for n in ("batch_mean", "position_mean", "leave_one_out")})
+)
+def test_means_are_blind_to_the_row_itself(entry):
+    quantities = of_rows(np.ones((4, 5), bool))
+    want_BT = fed(entry, quantities)
+    other = quantities | {"credit_BT": quantities["credit_BT"].at[1].add(3.0)}
+    got_BT = fed(entry, other)
+    close(got_BT[1], want_BT[1], 2e-6)
+    assert np.abs(got_BT[0] - want_BT[0]).min() > 0.5
+
+
+@pytest.mark.parametrize("entry", entries(REDUCTIONS))
+def test_every_reduction_is_zero_off_the_mask_and_blind_to_padding(entry):
     mask_BT = jnp.array(RAGGED_BT)
-    logp_BT = jnp.where(mask_BT, noise(5, mask_BT.shape), 0.0)
-    advantage_BT = jnp.where(mask_BT, jax.random.normal(jax.random.key(6), mask_BT.shape), 0.0)
-    loss_BT = loss(logp_BT, advantage_BT)
-    assert (loss_BT.shape, loss_BT.dtype) == (mask_BT.shape, jnp.float32)
-    assert np.isfinite(loss_BT).all()
-    assert not np.asarray(loss_BT)[~RAGGED_BT].any()
-    np.testing.assert_array_equal(loss(widen(logp_BT), widen(advantage_BT)), widen(loss_BT))
-    grad_BT = jax.grad(lambda x: loss(x, advantage_BT).sum())(logp_BT)
-    # At the policy that sampled, descending any policy loss ascends A log S.
-    close(grad_BT, -advantage_BT)
-
-
-@pytest.mark.parametrize("reduction", entries(REDUCTIONS))
-def test_every_reduction_is_zero_off_the_mask_and_blind_to_padding(reduction):
-    mask_BT = jnp.array(RAGGED_BT)
-    want_BT = reduction(mask_BT)
+    want_BT = entry(mask_BT)
     assert (want_BT.shape, want_BT.dtype) == (mask_BT.shape, jnp.float32)
     assert (np.asarray(want_BT)[RAGGED_BT] > 0).all()
     assert not np.asarray(want_BT)[~RAGGED_BT].any()
-    np.testing.assert_array_equal(reduction(widen(mask_BT)), widen(want_BT))
+    np.testing.assert_array_equal(entry(widen(mask_BT)), widen(want_BT))
     order = np.array([2, 0, 3, 1])
-    np.testing.assert_array_equal(reduction(mask_BT[order]), want_BT[order])
-    nothing_BT = reduction(jnp.zeros_like(mask_BT))
+    np.testing.assert_array_equal(entry(mask_BT[order]), want_BT[order])
+    nothing_BT = entry(jnp.zeros_like(mask_BT))
     assert not np.asarray(nothing_BT).any()  # no row has a token: 0, not NaN
-
-
-# --- the objective
-
-
-def build(**changes):
-    options = {"advantage": "gopd", "lam": 1.0, "loss": "policy_gradient"}
-    return objective.build(**(options | {"reduction": "token_mean"} | changes))
-
-
-@pytest.mark.parametrize("advantage", ADVANTAGES)
-def test_every_advantage_can_be_built_and_named(advantage):
-    made = build(advantage=advantage)
-    assert hash(made) is not None
-    assert made.formula.endswith("loss = policy_gradient, reduced by token_mean")
-    if made.advantage is not ADVANTAGES[advantage]:
-        assert made.advantage.func is ADVANTAGES[advantage]
-
-
-@pytest.mark.parametrize(
-    ("changes", "needs", "formula"),
-    [
-        ({}, (True, False, False), "A = log T - log S  (plain"),
-        ({"lam": 1.25}, (True, True, False), "A = 1.25 (log T - log R) - (log S - log R)  (G-OPD"),
-        ({"lam": 0.0}, (True, True, False), "A = 0 (log T - log R) - (log S - log R)"),
-        ({"advantage": "grpo", "lam": 2.0}, (False, False, True), "A = (reward - group mean)"),
-        ({"advantage": "imitation"}, (False, False, False), "A = 1  (maximum"),
-    ],
-)
-def test_an_objective_says_what_it_needs_and_what_it_is(changes, needs, formula):
-    made = build(**changes)
-    assert (made.teacher, made.reference, made.reward) == needs
-    assert made.formula.startswith(formula)
-    assert (made.baseline is group_relative) == made.reward
-
-
-def test_lambda_reaches_the_advantage():
-    scores, mask_BT = random_scores(), jnp.array(RAGGED_BT)
-    got_BT = build(lam=1.5).advantage(scores, mask_BT)
-    np.testing.assert_array_equal(got_BT, gopd(scores, mask_BT, lam=1.5))
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"advantage": "godp"}, r"there is no 'godp'; there are \['gopd', 'grpo', 'imitation'\]"),
-        ({"advantage": "grpo(lam=1)"}, r"grpo has no \['lam'\]; it has \[\]"),
-        ({"loss": "ppo"}, r"there is no 'ppo'; there are \['policy_gradient'\]"),
-        ({"reduction": "mean"}, r"there is no 'mean'; there are \['sequence_mean', 'seq.*token"),
-        ({"reduction": "sequence_sum(len=3)"}, r"sequence_sum has no \['len'\]; .* \['length'\]"),
-    ],
-)
-def test_what_cannot_be_built_is_told_in_the_same_words_before(changes, message):
-    with pytest.raises(ValueError, match=message):
-        build(**changes)
-    texts = {"advantage": "gopd", "loss": "policy_gradient", "reduction": "token_mean"} | changes
-    (found,) = objective.objective_problems(**texts)
-    (key,) = changes
-    assert found.startswith(f"objective.{key}: ")
-
-
-def test_all_problems_are_told_at_once():
-    found = objective.objective_problems("gopd(lam=2.0)", "ppo", "mean()")
-    assert len(found) == 3
-    assert found[-1] == "objective.advantage: gopd takes its lambda from objective.lam"
-    assert objective.objective_problems("gopd", "policy_gradient", "sequence_sum(length=4)") == []
 
 
 # --- baselines
@@ -214,7 +211,8 @@ def test_means_weigh_one_in_all():
 
 def test_diagnostics_are_numpys_means_over_the_mask():
     mask_BT = RAGGED_BT
-    scores = random_scores()
+    names = ("student_BT", "teacher_BT", "ref_BT")
+    scores = Scores(**{name: noise(i, mask_BT.shape) for i, name in enumerate(names)})
     task_B = np.array([0, 2, 2, 0])
     rollout = Rollout(
         tokens_BL=None,
