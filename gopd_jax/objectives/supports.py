@@ -143,10 +143,7 @@ def log_mass(logp_xS, kept_xS):
 
     No gradient reaches what is not kept, whatever its value.
     """
-    some_x = kept_xS.any(-1)
-    # A sum over nothing would have a gradient of 0 / 0.
-    safe_xS = jnp.where(kept_xS, logp_xS, jnp.where(some_x, -jnp.inf, 0.0)[..., None])
-    return jnp.where(some_x, jax.nn.logsumexp(safe_xS, -1), -jnp.inf)
+    return jax.nn.logsumexp(jnp.where(kept_xS, logp_xS, -jnp.inf), -1)
 
 
 def _log_complement(logp_x):
