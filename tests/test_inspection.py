@@ -95,7 +95,7 @@ def test_models_that_agree_leave_nothing_to_act_on():
 
 
 def test_the_routable_share_is_that_of_the_negatives_which_the_route_takes():
-    options = {"threshold": 0.2, "teacher_mass": 0.6, "teacher_k": 4, "fallback": 0.5, "clip": 2.0}
+    options = {"threshold": 0.2, "teacher_mass": 0.6, "teacher_k": 2, "fallback": 0.5, "clip": 2.0}
     found = everything(routing=options)
     weightless = {n: v for n, v in options.items() if n not in ("fallback", "clip")}
     gate_X, _ = route(IDS_X, ADVANTAGE_X, S_XV, T_XV, REAL_V, **weightless)

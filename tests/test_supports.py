@@ -9,7 +9,16 @@ import pytest
 
 from gopd_jax.objectives.distributional import exact
 from gopd_jax.objectives.divergences import forward_kl, pearson, reverse_kl
-from gopd_jax.objectives.supports import MASSES, SUPPORTS, full, members, rest, supported, top_k
+from gopd_jax.objectives.supports import (
+    MASSES,
+    SUPPORTS,
+    full,
+    log_mass,
+    members,
+    rest,
+    supported,
+    top_k,
+)
 from gopd_jax.spec import resolve
 
 N_VOCAB, N_REAL = 11, 9
@@ -126,6 +135,13 @@ def test_an_empty_intersection_has_no_loss_and_no_gradient():
         close(value, 0)
         close(grad_V, 0)
         assert parts[2].tolist() == ([False, True] if name == "rest" else [False])
+
+
+def test_the_mass_of_nothing_is_zero_and_has_no_gradient():
+    kept_XS = jnp.array([[True, False], [False, False]])
+    grad_XS = jax.grad(lambda x: jnp.exp(log_mass(x, kept_XS)).sum())(jnp.zeros((2, 2)))
+    assert grad_XS.tolist() == [[1, 0], [0, 0]]
+    assert log_mass(jnp.full((2, 2), jnp.nan), kept_XS)[1] == -np.inf
 
 
 def test_renormalised_mass_is_a_distribution_whose_gradient_is_its_own():

@@ -71,9 +71,11 @@ def cr_opd(
     size_x = jnp.abs(advantage_x)
     if clip is not None:
         size_x = jnp.minimum(size_x, clip)
-    # rho is 0 where the log-prob may be -inf, and 0 times that is not 0.
-    routed_x = jnp.where(rho_xV > 0, rho_xV * jnp.where(rho_xV > 0, student_xV, 0.0), 0.0).sum(-1)
-    negative_x = jnp.where(gate_x, size_x * (logp_x - routed_x), fallback * size_x * logp_x)
+    # rho is 0 where the log-prob may be -inf, and 0 times that is not 0. The sampled token's is
+    # subtracted under the sum: outside of it, what rho lacks of 1 would weigh all of log S(y).
+    gap_xV = jnp.where(rho_xV > 0, student_xV, 0.0) - logp_x[..., None]
+    routed_x = -size_x * jnp.where(rho_xV > 0, rho_xV * gap_xV, 0.0).sum(-1)
+    negative_x = jnp.where(gate_x, routed_x, fallback * size_x * logp_x)
     return jnp.where(advantage_x < -threshold, negative_x, -advantage_x * logp_x)
 
 
@@ -85,7 +87,9 @@ def asymmetric(logp_x, advantage_x, student_xS, target_xS, valid_xS, *, divergen
     DIVERGENCES, its options bound. The divergence is not weighed by A.
     """
     advantage_x = jax.lax.stop_gradient(advantage_x)
-    whole_x = exact(student_xS, target_xS, valid_xS, divergence=divergence)
+    # A divergence that overflows must not reach the gradient of tokens that do not use it.
+    used_xS = valid_xS & (advantage_x <= 0)[..., None]
+    whole_x = exact(student_xS, target_xS, used_xS, divergence=divergence)
     return jnp.where(advantage_x > 0, -advantage_x * logp_x, whole_x)
 
 
@@ -128,8 +132,8 @@ def route(
     if confidence is not None:
         gate_x &= jnp.exp(jnp.where(real_xV, target_xV, -jnp.inf).max(-1)) >= confidence
     log_s_xV, log_t_xV = (jnp.where(candidate_xV, x, 0.0) for x in (student_xV, target_xV))
-    score_xV = teacher_power * log_t_xV + student_power * log_s_xV
-    score_xV += (log_t_xV - log_s_xV) / temperature
+    score_xV = (teacher_power + 1 / temperature) * log_t_xV
+    score_xV += (student_power - 1 / temperature) * log_s_xV
     open_xV = candidate_xV & gate_x[..., None]
     log_rho_xV = score_xV - jnp.where(open_xV, log_mass(score_xV, open_xV)[..., None], 0.0)
     return gate_x, jnp.where(open_xV, jnp.exp(log_rho_xV), 0.0)

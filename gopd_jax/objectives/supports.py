@@ -90,14 +90,17 @@ MASSES = table(rest, renormalised, raw)
 
 
 def supported(support, mass, student_xV, target_xV, real_xV):
-    """(student_xS, target_xS, valid_xS): float32 log-probs over a support, its mass handled.
+    """(student_xS, target_xS, valid_xS): log-probs over a support, at least float32, mass handled.
 
     support, mass: entries of SUPPORTS and MASSES with their options bound. Entries that are not
     valid are 0, without a gradient. With the full support every mass is the identity.
     """
     real_xV = jnp.broadcast_to(real_xV, student_xV.shape)
     chosen = support(student_xV, target_xV, real_xV)
-    logps = [jnp.where(real_xV, x.astype(jnp.float32), 0.0) for x in (student_xV, target_xV)]
+    logps = [
+        jnp.where(real_xV, x.astype(jnp.promote_types(x.dtype, jnp.float32)), 0.0)
+        for x in (student_xV, target_xV)
+    ]
     if chosen is None:
         return *logps, real_xV
     ids_xS, valid_xS = chosen
@@ -140,10 +143,7 @@ def log_mass(logp_xS, kept_xS):
 
     No gradient reaches what is not kept, whatever its value.
     """
-    some_x = kept_xS.any(-1)
-    # A sum over nothing would have a gradient of 0 / 0.
-    safe_xS = jnp.where(kept_xS, logp_xS, jnp.where(some_x, -jnp.inf, 0.0)[..., None])
-    return jnp.where(some_x, jax.nn.logsumexp(safe_xS, -1), -jnp.inf)
+    return jax.nn.logsumexp(jnp.where(kept_xS, logp_xS, -jnp.inf), -1)
 
 
 def _log_complement(logp_x):
