@@ -15,11 +15,11 @@ LAYERS = (
     ("models",),
     ("sampler", "scoring", "records", "reader", "data", "rows", "checkpoint"),
     ("batching", "optimizer"),
-    ("step", "evaluate", "metrics", "signals", "card"),
+    ("step", "evaluate", "metrics", "evidence", "advice", "signals", "card"),
     ("setup",),
     ("probe", "preflight", "results"),
     ("train",),
-    ("main", "score", "generate", "command", "report", "plots", "expo", "export"),
+    ("main", "score", "generate", "command", "report", "checklist", "plots", "expo", "export"),
     ("microworld.make", "microworld.cells", "microworld.compare"),
 )
 LAYER = {name: i for i, names in enumerate(LAYERS) for name in names}
