@@ -19,7 +19,10 @@ LAYERS = (
     ("setup",),
     ("probe", "preflight", "results"),
     ("train",),
-    ("main", "score", "generate", "command", "report", "checklist", "plots", "expo", "export"),
+    (
+        *("main", "score", "generate", "command", "expo", "export"),
+        *("report", "checklist", "method", "plots", "charts"),
+    ),
     ("microworld.make", "microworld.cells", "microworld.compare"),
 )
 LAYER = {name: i for i, names in enumerate(LAYERS) for name in names}
