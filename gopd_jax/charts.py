@@ -19,6 +19,7 @@ class Chart:
     bands: tuple[tuple[str, str], ...] = ()  # pairs of keys with an area between them
     percent: bool = False
     varies: bool = False  # whether it is drawn only where its values differ
+    calm: float | None = None  # where no value is further from 0, it is not drawn
     rows: str = "metrics"
 
 
@@ -83,6 +84,7 @@ DIAGNOSTICS = (
         unit="share of tokens that a clip touched",
         keys=("advantage_clipped",),
         percent=True,
+        calm=0.0,
     ),
     Chart(
         title="Probability of an end token",
@@ -156,8 +158,9 @@ DIAGNOSTICS = (
     Chart(title="Staleness", unit="steps", keys=("staleness",), varies=True),
     Chart(
         title="Effective sample",
-        unit="log of its share",
+        unit="log of its share of the tokens",
         keys=("log_ess",),
+        calm=1e-3,  # rounding, where the rollouts are the student's own
     ),
     Chart(
         title="Sampler against scorer",
@@ -165,13 +168,14 @@ DIAGNOSTICS = (
         keys=("sampler_kl", "sampler_k3"),
         labels=("k1", "k3"),
     ),
-    Chart(title="Sampler against scorer, χ²", unit="a token", keys=("sampler_chi2",)),
+    Chart(title="Sampler against scorer, χ²", unit="a token", keys=("sampler_chi2",), calm=1e-3),
     Chart(
         title="Off-policy tokens",
         unit="share of tokens whose weight is capped, or that are left out",
         keys=("importance_capped", "rejected"),
         labels=("capped", "rejected"),
         percent=True,
+        calm=0.0,
     ),
     Chart(
         title="Critic: explained variance",

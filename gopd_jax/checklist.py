@@ -9,9 +9,10 @@ import math
 from functools import partial
 
 from gopd_jax import advice, evidence, method
-from gopd_jax.method import Unknown, get, off, span
+from gopd_jax.method import Unknown, count, get, off, span
 from gopd_jax.plots import Run
 
+MANY = "microbatches"
 N_ERRORS = 2.0  # standard errors of a difference from which a task counts as worse
 
 
@@ -52,7 +53,7 @@ def _mask(run: Run) -> str:
 def _reduction(run: Run) -> str:
     return (
         f"{get(run, 'objective.reduction')}; weights fixed on the {_rows(run)} rows of a batch "
-        f"before it is split into {get(run, 'batch.microbatches', 1)} microbatch(es)"
+        f"before it is split into {count(get(run, 'batch.microbatches', 1), 'microbatch', MANY)}"
     )
 
 
@@ -72,7 +73,7 @@ def _lengths(run: Run) -> str:
 
 
 def _truncation(run: Run) -> str:
-    return f"{span(run, 'truncated', '{:.2g}', scale=100)} % of completions reach that limit"
+    return f"completions cut at that limit: {span(run, 'truncated', '{:.2g} %', scale=100)}"
 
 
 def _optimizer(run: Run) -> str:
@@ -87,14 +88,13 @@ def _optimizer(run: Run) -> str:
 
 
 def _forwards(run: Run) -> str | None:
-    """Each row is scored by the one teacher of its task."""
     if not method.gopd(run):
         return None
     tokens = f", {sum(run.values('tokens')):,.0f} completion tokens" if run.values("tokens") else ""
-    teachers = len(get(run, "teachers", {}))
-    return (
-        f"{_done(run) * _rows(run):,} rows{tokens}, each scored once by its task's teacher; "
-        f"{teachers} teacher(s)"
+    told = f"{_done(run) * _rows(run):,} rows{tokens}: each row once by the teacher of its task, "
+    told += f"of {count(len(get(run, 'teachers', {})), 'teacher')}"
+    return told + (
+        ", and once by the reference" if "reference" in run.info.get("models", {}) else ""
     )
 
 
@@ -138,7 +138,9 @@ def _samples(run: Run) -> str:
     counts = sorted({(row["problems"], row["samples"]) for row in run.evaluation})
     if not counts:
         raise Unknown("evaluation.jsonl has no row")
-    told = "; ".join(f"{n} problems of each task, {k} completions of each" for n, k in counts)
+    told = "; ".join(
+        f"{count(n, 'problem')} of each task, {count(k, 'completion')} of each" for n, k in counts
+    )
     digest = run.info.get("identity", {}).get("data.test content")
     return told + (f"; content {digest}" if digest else "")
 

@@ -52,6 +52,10 @@ def entry_name(entry: str) -> str:
     return entry.split("(")[0]
 
 
+def count(n: int, one: str, many: str | None = None) -> str:
+    return f"{n:,} {one if n == 1 else many or f'{one}s'}"
+
+
 def span(run: Run, key: str, form: str, *, scale: float = 1.0, rows: str = "metrics") -> str:
     """The mean over the steps, and the first and last of them."""
     values = [scale * value for value in run.values(key, rows)]
@@ -152,8 +156,8 @@ def staleness(run: Run) -> str | None:
     if get(run, "objective.source", "student") != "student":
         return None
     lag, updates = get(run, "sampling.lag", 0), get(run, "batch.updates", 1)
-    told = f"the sampler's weights are {lag} steps old; {updates} update(s) a batch"
-    told += f", {get(run, 'batch.epochs', 1)} pass(es) over it"
+    told = f"the sampler's weights are {count(lag, 'step')} old; {count(updates, 'update')} a batch"
+    told += f", {count(get(run, 'batch.epochs', 1), 'pass', 'passes')} over it"
     if run.values("staleness"):
         told += f"; measured, steps: {span(run, 'staleness', '{:.3g}')}"
     if ess := run.values("log_ess"):
@@ -184,7 +188,8 @@ def target(run: Run) -> str | None:
         return None
     lam, schedule = get(run, "objective.lam"), get(run, "objective.lam_schedule", "constant")
     told = f"lambda = {lam:g}, {schedule}"
-    told += f", by task {tasks}" if (tasks := get(run, "objective.task_lam", {})) else ""
+    tasks = get(run, "objective.task_lam", {})
+    told += "".join(f", for {task} {value:g}" for task, value in tasks.items())
     plain = lam == 1 and schedule == "constant" and not tasks
     return f"{told}: " + (
         "the teacher itself"
@@ -243,8 +248,8 @@ def baseline(run: Run) -> str:
 
 
 def critic(run: Run) -> str | None:
-    critic = evidence.setting(run.info.get("config", {}), "critic")
-    if critic is None:
+    critic = get(run, "critic", {})
+    if not critic:
         return None
     told = ", ".join(f"{key} {value}" for key, value in critic.items())
     measured = run.values("explained_variance")
@@ -264,7 +269,7 @@ def off_policy(run: Run) -> str:
     told = [f"{key} {off(run, f'objective.{key}')}" for key in keys]
     for key, of in (("importance_capped", "capped"), ("rejected", "rejected")):
         if run.values(key):
-            told.append(f"{of}, % of tokens: {span(run, key, '{:.2g}', scale=100)}")
+            told.append(f"{of} tokens {span(run, key, '{:.2g} %', scale=100)}")
     return "; ".join(told)
 
 
@@ -277,7 +282,7 @@ def clips(run: Run) -> str:
     if (value := evidence.setting(run.info["config"], "critic.value_clip")) is not None:
         told.append(f"value {value}")
     if run.values("advantage_clipped"):
-        told.append(f"clipped, % of tokens: {span(run, 'advantage_clipped', '{:.2g}', scale=100)}")
+        told.append(f"clipped tokens {span(run, 'advantage_clipped', '{:.2g} %', scale=100)}")
     return "; ".join(told)
 
 

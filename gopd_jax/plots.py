@@ -113,6 +113,11 @@ def draw(lines: list[Line], *, name: str, percent: bool) -> Markup:
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
         axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
         axes.margins(x=0.02, y=0.08)
+        axes.ticklabel_format(axis="y", useOffset=False)
+        low, high = axes.get_ylim()
+        # A curve without change shows none: its ends would be rounding.
+        if high - low < 1e-6 * (size := max(abs(low), abs(high))):
+            axes.set_ylim(low - 0.1 * size, high + 0.1 * size)
         if percent:
             axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.3g}%")
         page = io.StringIO()
@@ -199,7 +204,8 @@ def training_figures(runs: list[Run], tasks: list[str], charts=CHARTS, name="t")
             lines += _curves(chart, run, series(j)) if len(runs) > 1 else _alone(chart, run, tasks)
         lines = [line for line in lines if line.points]
         values = {value for line in lines for _, value in line.points}
-        if lines and not (chart.varies and len(values) == 1):
+        quiet = chart.calm is not None and all(abs(value) <= chart.calm for value in values)
+        if lines and not quiet and not (chart.varies and len(values) == 1):
             figures.append(
                 _figure(chart.title, chart.unit, lines, name=f"{name}{i}", percent=chart.percent)
             )

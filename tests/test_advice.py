@@ -6,8 +6,7 @@ import re
 
 import pytest
 
-from gopd_jax import advice, evidence
-from gopd_jax.advice import ADVICE, Watch, advise, history
+from gopd_jax.advice import ADVICE, advise
 from gopd_jax.config import Config, Model, to_dict
 from gopd_jax.problems import leaves
 
@@ -127,6 +126,13 @@ CASES = [
     ),
     ("length_runaway", CONFIG, flat(truncated=0.51), ["51 %"], flat(truncated=0.49)),
     (
+        "length_runaway",
+        CONFIG,
+        stepped({"truncated": 0.1}, {"truncated": 0.31}),
+        ["31 %", "10 % at first"],
+        stepped({"truncated": 0.1}, {"truncated": 0.29}),
+    ),
+    (
         "extrapolation_hacking",  # 0.25 * 12 = 3
         CONFIG,
         flat(extrapolation_p99=12.1),
@@ -139,6 +145,13 @@ CASES = [
         stepped({"extrapolation_p99": 4.0}, {"extrapolation_p99": 6.1}),
         ["4.0 at first"],
         stepped({"extrapolation_p99": 4.0}, {"extrapolation_p99": 5.9}),
+    ),
+    (
+        "extrapolation_hacking",  # grown, from little: 0.25 * 4 = 1
+        CONFIG,
+        stepped({"extrapolation_p99": 2.0}, {"extrapolation_p99": 4.1}),
+        ["2.0 at first"],
+        stepped({"extrapolation_p99": 2.0}, {"extrapolation_p99": 3.9}),
     ),
     (
         "extrapolation_hacking",  # a schedule's lambda in place of the settings'
@@ -195,6 +208,13 @@ CASES = [
         stepped({"reward": 0.6, "kl_teacher": 0.2}, {"reward": 0.4, "kl_teacher": 0.17}),
         ["0.17"],
         stepped({"reward": 0.6, "kl_teacher": 0.2}, {"reward": 0.4, "kl_teacher": 0.19}),
+    ),
+    (
+        "reward_falls",  # two standard errors of 40000 verdicts are 0.7 points
+        CONFIG | {"batch": {"prompts": 10_000}},
+        stepped({"reward": 0.6, "kl_teacher": 0.2}, {"reward": 0.579, "kl_teacher": 0.1}),
+        ["0.579"],
+        stepped({"reward": 0.6, "kl_teacher": 0.2}, {"reward": 0.581, "kl_teacher": 0.1}),
     ),
     (
         "repetition",
@@ -292,48 +312,29 @@ def test_a_critic_has_its_first_steps():
         assert ("critic_not_learning" in advise(rows, config)) == told, (steps, warm)
 
 
-def test_a_watch_says_a_thing_once_and_again_after_ten_quiet_steps():
-    def said(quiet):
-        watch, skips = Watch({}), {1, 41 + quiet}
-        steps = [i for i in range(1, 99) if watch.see({"step": i, "skipped": float(i in skips)})]
-        return steps
-
-    # A skip applies while it is among the last 20 rows: steps 1 to 20.
-    assert said(quiet=0) == [1, 41]
-    watch, told = Watch({}), []
-    for i in range(1, 70):
-        told += [i] * len(watch.see({"step": i, "skipped": float(i in (1, 30, 41, 70 - 9))}))
-    # Quiet are 21 to 29, nine steps; then 30 to 60 and on without a pause.
-    assert told == [1]
-    watch, told = Watch({}), []
-    for i in range(1, 70):
-        told += [i] * len(watch.see({"step": i, "skipped": float(i in (1, 31))}))
-    assert told == [1, 31]
-
-
-def test_a_continued_run_is_told_what_the_uninterrupted_one_is():
-    rows = flat(30, truncated=0.6) + [{"step": i, "skipped": float(i == 40)} for i in range(31, 60)]
-    whole = Watch(CONFIG)
-    told = [(row["step"], text) for row in rows for text in whole.see(row)]
-    assert [step for step, _ in told] == [10, 40]
-    for cut in (5, 20, 45):
-        watch = Watch(CONFIG, rows[:cut])
-        rest = [(row["step"], text) for row in rows[cut:] for text in watch.see(row)]
-        assert rest == [(step, text) for step, text in told if step > rows[cut - 1]["step"]]
-    assert [(step, text) for step, _, text in history(rows, CONFIG)] == told
+@pytest.mark.parametrize(
+    ("name", "n", "config", "value"),
+    [
+        ("outliers", 10, CONFIG, {"token_reward_p01": -9.0}),
+        ("clipped", 10, CONFIG, {"advantage_clipped": 0.5}),
+        ("variance", 20, CONFIG, {"advantage_snr": 0.0, "tokens": 9.0}),
+        ("length_runaway", 10, CONFIG, {"truncated": 0.9}),
+        ("extrapolation_hacking", 10, CONFIG, {"extrapolation_p99": 99.0}),
+        ("stale_rollouts", 10, STALE, {"log_ess": -9.0}),
+        ("sampler_mismatch", 3, CONFIG, {"sampler_kl": 1.0}),
+        ("prefix_drift", 2, CONFIG, {"probe/overlap_1": 0.9, "probe/overlap_2": 0.1}),
+    ],
+)
+def test_a_few_bad_steps_are_no_evidence(name, n, config, value):
+    rows = [{"step": i + 1} | value for i in range(n)]
+    assert name not in advise(rows[:-1], config)
+    assert name in advise(rows, config)
 
 
-def test_a_watch_forgets_the_middle_and_sees_what_the_whole_shows():
-    n = 3 * evidence.WINDOW
-    rows = flat(n, entropy=[1.0, 0.1], truncated=[0.0, 0.7], advantage_absmax=[30.0, 1.0])
-    rows = [row | {"probe/overlap": 0.2 if row["step"] % 50 == 0 else None} for row in rows]
-    watch = Watch(CONFIG)
-    for i, row in enumerate(rows):
-        watch.see(row)
-        if i % 37 == 0 or i == n - 1:
-            seen = [*watch._begin, *watch._end]
-            assert advise(seen, CONFIG) == advise(rows[: i + 1], CONFIG)
-    assert len(seen) == 2 * evidence.WINDOW
+def test_a_change_takes_a_beginning_and_an_end_that_do_not_overlap():
+    rows = [{"step": i + 1, "entropy": 1.0 if i < 10 else 0.1} for i in range(20)]
+    assert "diversity_loss" not in advise(rows[:-1], CONFIG)
+    assert "diversity_loss" in advise(rows, CONFIG)
 
 
 def test_a_sentence_is_a_function_of_the_rows():
@@ -346,4 +347,3 @@ def test_the_settings_of_this_version_are_read():
     config = to_dict(Config(workdir="w", student=Model(dtype="bfloat16")))
     assert advise(flat(sampler_kl=0.02), config) == {}
     assert "bfloat16" in advise(flat(sampler_kl=0.04), config)["sampler_mismatch"]
-    assert advice.setting(config, "objective.divergence", "reverse_kl") == "reverse_kl"
