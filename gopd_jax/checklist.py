@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from functools import partial
 
-from gopd_jax import advice, evidence, method
+from gopd_jax import account, advice, evidence
 from gopd_jax.method import Unknown, count, get, off, span
 from gopd_jax.plots import Run
 
@@ -19,7 +19,7 @@ N_ERRORS = 2.0  # standard errors of a difference from which a task counts as wo
 def checklist(run: Run) -> list[tuple[str, str, str | None]]:
     """(section, item, text) of every item; text None where the item does not apply to the run."""
     found = []
-    for section, item, tell in (*method.models(run), *ITEMS):
+    for section, item, tell in (*account.models(run), *ITEMS):
         try:
             told = tell(run)
         except Unknown as reason:
@@ -88,7 +88,7 @@ def _optimizer(run: Run) -> str:
 
 
 def _forwards(run: Run) -> str | None:
-    if not method.gopd(run):
+    if not account.gopd(run):
         return None
     tokens = f", {sum(run.values('tokens')):,.0f} completion tokens" if run.values("tokens") else ""
     told = f"{_done(run) * _rows(run):,} rows{tokens}: each row once by the teacher of its task, "
@@ -239,21 +239,21 @@ def _worse(run: Run) -> str:
 
 
 ITEMS = (
-    ("States", "source", method.source),
-    ("States", "staleness", method.staleness),
-    ("Signal", "target", method.target),
-    ("Signal", "divergence and direction", method.divergence),
-    ("Signal", "estimator that is differentiated", method.estimator),
-    ("Signal", "formula", method.formula),
-    ("Signal", "support and mass outside it", method.support),
-    ("Signal", "verifier's reward", method.task_reward),
-    ("Credit", "gamma and lambda", method.credit),
-    ("Credit", "baseline", method.baseline),
-    ("Credit", "critic", method.critic),
-    ("Weights", "routing", method.routing),
+    ("States", "source", account.source),
+    ("States", "staleness", account.staleness),
+    ("Signal", "target", account.target),
+    ("Signal", "divergence and direction", account.divergence),
+    ("Signal", "estimator that is differentiated", account.estimator),
+    ("Signal", "formula", account.formula),
+    ("Signal", "support and mass outside it", account.support),
+    ("Signal", "verifier's reward", account.task_reward),
+    ("Credit", "gamma and lambda", account.credit),
+    ("Credit", "baseline", account.baseline),
+    ("Credit", "critic", account.critic),
+    ("Weights", "routing", account.routing),
     ("Weights", "gates", partial(_setting, key="objective.gates")),
-    ("Weights", "off-policy correction", method.off_policy),
-    ("Weights", "clips", method.clips),
+    ("Weights", "off-policy correction", account.off_policy),
+    ("Weights", "clips", account.clips),
     ("Weights", "mask", _mask),
     ("Weights", "aggregation", _reduction),
     ("Weights", "regularisers", partial(_setting, key="objective.regularizers")),

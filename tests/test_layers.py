@@ -21,7 +21,7 @@ LAYERS = (
     ("train",),
     (
         *("main", "score", "generate", "command", "expo", "export"),
-        *("report", "checklist", "method", "plots", "charts"),
+        *("report", "checklist", "account", "plots", "charts"),
     ),
     ("microworld.make", "microworld.cells", "microworld.compare"),
 )
