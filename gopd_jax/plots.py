@@ -13,8 +13,11 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from gopd_jax.charts import CHARTS, Chart
+
 N_SERIES = 6  # colours --s0 ... of the page; further series begin again
 SMOOTH_FROM = 60  # points of a curve from which its running mean is drawn over it
+OF_TASKS = ("reward/", "kl_teacher/")  # keys that end in a task's name; a probe's do not
 FEW = 12  # points of a curve up to which each is marked
 # What is drawn in these colours takes the page's --ink, --muted, --grid, --s0 ... instead.
 INK, MUTED, GRID, SERIES = "#010101", "#020202", "#030303", "#0102"
@@ -30,7 +33,7 @@ STYLE = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """What a workdir holds; `info` is run.json."""
+    """What a workdir holds; `info` is run.json, `checks` those of preflight.json."""
 
     name: str
     metrics: list[dict]
@@ -38,6 +41,7 @@ class Run:
     evaluation: list[dict]
     samples: list[dict]
     info: dict
+    checks: list[dict] = dataclasses.field(default_factory=list)
 
     def values(self, key: str, rows: str = "metrics") -> list[float]:
         """The values under `key` of the rows that have one."""
@@ -66,59 +70,15 @@ class Run:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Chart:
-    """The curve of a row's key (a second one dashed), with those of key/<task> beside it."""
-
-    title: str
-    unit: str
-    keys: tuple[str, ...]
-    percent: bool = False
-    rows: str = "metrics"
-
-
-CHARTS = (
-    Chart(
-        title="Reward",
-        unit="verifier's score of training completions",
-        keys=("reward",),
-        percent=True,
-    ),
-    Chart(title="KL(student ‖ teacher)", unit="nats a token, sampled", keys=("kl_teacher",)),
-    Chart(title="KL(student ‖ reference)", unit="nats a token, sampled", keys=("kl_ref",)),
-    Chart(title="Entropy of the student", unit="nats a token", keys=("entropy",)),
-    Chart(title="Completion length", unit="tokens", keys=("length", "length_p95")),
-    Chart(
-        title="Truncated",
-        unit="share of completions cut at the length limit",
-        keys=("truncated",),
-        percent=True,
-    ),
-    Chart(
-        title="Negative advantages",
-        unit="share of tokens",
-        keys=("advantage_negative",),
-        percent=True,
-    ),
-    Chart(title="Gradient norm", unit="global, before clipping", keys=("grad_norm",)),
-    Chart(
-        title="Throughput",
-        unit="completion tokens a second",
-        keys=("tokens_per_second",),
-        rows="timing",
-    ),
-)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Line:
-    """One curve: (step, value) points; half the height of its band at each; how it looks."""
+    """One curve: (step, value) points; the (low, high) of its bands at each; how it looks."""
 
     label: str
     points: list[tuple[float, float]]
     colour: str
     dashed: bool = False
     level: bool = False  # one value for all steps, drawn from side to side
-    band: list[float] | None = None
+    bands: tuple[list[tuple[float, float]], ...] = ()
 
 
 def series(i: int) -> str:
@@ -153,6 +113,11 @@ def draw(lines: list[Line], *, name: str, percent: bool) -> Markup:
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
         axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
         axes.margins(x=0.02, y=0.08)
+        axes.ticklabel_format(axis="y", useOffset=False)
+        low, high = axes.get_ylim()
+        # A curve without change shows none: its ends would be rounding.
+        if high - low < 1e-6 * (size := max(abs(low), abs(high))):
+            axes.set_ylim(low - 0.1 * size, high + 0.1 * size)
         if percent:
             axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.3g}%")
         page = io.StringIO()
@@ -171,13 +136,13 @@ def _add(axes, line: Line) -> None:
     if line.level:
         axes.axhline(y[0], linewidth=1.3, **style)
         return
-    if line.band:
-        half = np.array(line.band)
-        axes.fill_between(x, y - half, y + half, color=line.colour, alpha=0.12, linewidth=0)
-    if len(x) >= SMOOTH_FROM:
-        if not line.dashed:
-            axes.plot(x, y, color=line.colour, linewidth=0.7, alpha=0.25)
-        y = running_mean(y)
+    smooth = running_mean if len(x) >= SMOOTH_FROM else np.asarray
+    for band in line.bands:
+        low, high = map(smooth, np.array(band, float).T)
+        axes.fill_between(x, low, high, color=line.colour, alpha=0.12, linewidth=0)
+    if len(x) >= SMOOTH_FROM and not line.dashed:
+        axes.plot(x, y, color=line.colour, linewidth=0.7, alpha=0.25)
+    y = smooth(y)
     marks = {"marker": "o", "markersize": 3} if len(x) <= FEW else {}
     axes.plot(x, y, linewidth=1.6, **marks, **style)
 
@@ -185,8 +150,8 @@ def _add(axes, line: Line) -> None:
 def tasks_of(runs: list[Run]) -> list[str]:
     """Task names in the order of their first appearance, in evaluations and in metric keys."""
     names = [row["task"] for run in runs for row in run.evaluation]
-    for run in runs:
-        names += [key.split("/", 1)[1] for row in run.metrics for key in row if "/" in key]
+    keys = dict.fromkeys(key for run in runs for row in run.metrics for key in row)
+    names += [key.split("/", 1)[1] for key in keys if key.startswith(OF_TASKS)]
     return list(dict.fromkeys(names))
 
 
@@ -210,10 +175,10 @@ def accuracy_figures(runs: list[Run], tasks: list[str]) -> list[dict]:
         for j, run in enumerate(runs):
             rows = [by_task[task] for by_task in run.student().values() if task in by_task]
             label, colour = (run.name, series(j)) if len(runs) > 1 else ("student", INK)
-            band = [row["stderr"] or 0.0 for row in rows]
-            lines.append(
-                Line(label=label, points=curve(rows, "accuracy"), colour=colour, band=band)
-            )
+            heights = [(row["accuracy"], row["stderr"] or 0.0) for row in rows]
+            band = [(value - error, value + error) for value, error in heights]
+            points = curve(rows, "accuracy")
+            lines.append(Line(label=label, points=points, colour=colour, bands=(band,)))
             levels |= {m: by_task[task] for m, by_task in run.others().items() if task in by_task}
         for model, row in levels.items():
             if len(runs) > 1 and all(model != run.teacher(task) for run in runs):
@@ -227,23 +192,53 @@ def accuracy_figures(runs: list[Run], tasks: list[str]) -> list[dict]:
     return figures
 
 
-def training_figures(runs: list[Run], tasks: list[str]) -> list[dict]:
-    """The plots of CHARTS whose keys some row has: of one run by task, of several by run."""
+def training_figures(runs: list[Run], tasks: list[str], charts=CHARTS, name="t") -> list[dict]:
+    """The plots of `charts` whose keys some row has: of one run by task, of several by run.
+
+    name: begins the ids within the plots.
+    """
     figures = []
-    for i, chart in enumerate(CHARTS):
+    for i, chart in enumerate(charts):
         lines = []
         for j, run in enumerate(runs):
-            rows = getattr(run, chart.rows)
-            colour = series(j) if len(runs) > 1 else INK
-            for k, key in enumerate(chart.keys):
-                label = ("mean", "95th percentile")[k] if len(chart.keys) > 1 else "all"
-                label = " ".join([run.name, *["p95"][:k]]) if len(runs) > 1 else label
-                points = curve(rows, key)
-                lines.append(Line(label=label, points=points, colour=colour, dashed=k > 0))
-            for k, task in enumerate(tasks if len(runs) == 1 else ()):
-                points = curve(rows, f"{chart.keys[0]}/{task}")
-                lines.append(Line(label=task, points=points, colour=series(k)))
-        if lines := [line for line in lines if line.points]:
-            figure = _figure(chart.title, chart.unit, lines, name=f"t{i}", percent=chart.percent)
-            figures.append(figure)
+            lines += _curves(chart, run, series(j)) if len(runs) > 1 else _alone(chart, run, tasks)
+        lines = [line for line in lines if line.points]
+        values = {value for line in lines for _, value in line.points}
+        quiet = chart.calm is not None and all(abs(value) <= chart.calm for value in values)
+        if lines and not quiet and not (chart.varies and len(values) == 1):
+            figures.append(
+                _figure(chart.title, chart.unit, lines, name=f"{name}{i}", percent=chart.percent)
+            )
     return figures
+
+
+def _curves(chart: Chart, run: Run, colour: str) -> list[Line]:
+    """A run among several: its first key, and its last one dashed."""
+    rows, lines = getattr(run, chart.rows), []
+    for key, label in dict(
+        [*zip(chart.keys, chart.labels)][:: max(1, len(chart.keys) - 1)]
+    ).items():
+        label = f"{run.name}, {label}" if len(chart.keys) > 1 else run.name
+        dashed, bands = key != chart.keys[0], chart.bands[:1]
+        lines.append(_line(rows, key, bands, label=label, colour=colour, dashed=dashed))
+    return lines
+
+
+def _alone(chart: Chart, run: Run, tasks: list[str]) -> list[Line]:
+    """The only run: two keys as solid and dashed, more in colours; the first one's tasks."""
+    rows, lines, few = getattr(run, chart.rows), [], len(chart.keys) <= 2
+    for k, (key, label) in enumerate(zip(chart.keys, chart.labels)):
+        look = {"colour": INK if few else series(k), "dashed": few and k > 0}
+        lines.append(_line(rows, key, chart.bands, label=label, **look))
+    for k, task in enumerate(tasks):
+        points = curve(rows, f"{chart.keys[0]}/{task}")
+        lines.append(Line(label=task, points=points, colour=series(k)))
+    return lines
+
+
+def _line(rows: list[dict], key: str, bands: tuple[tuple[str, str], ...], **look) -> Line:
+    """The curve of a key, with its bands where every row that has it has theirs too."""
+    whole = [row for row in rows if row.get(key) is not None]
+    areas = [[(row.get(low), row.get(high)) for row in whole] for low, high in bands]
+    areas = [area for area in areas if None not in {x for pair in area for x in pair}]
+    return Line(points=curve(whole, key), bands=tuple(areas), **look)

@@ -1,7 +1,7 @@
 """A run's rows as one HTML page that opens without a network: curves, tables, samples, settings.
 
-`python -m gopd_jax.report --workdir=DIR` writes DIR/report.html. Given several times, --workdir
-compares the runs: the first one's comparison.html.
+`python -m gopd_jax.report --workdir=DIR` writes DIR/report.html, and its tables as report.json.
+Given several times, --workdir compares the runs: the first one's comparison.html and .json.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from pathlib import Path
 
 import jinja2
 
-from gopd_jax import plots
+from gopd_jax import advice, plots
+from gopd_jax.charts import DIAGNOSTICS
+from gopd_jax.checklist import checklist, recovered
 from gopd_jax.metrics import EVALUATION, METRICS, SAMPLES, TIMING, read_rows
 from gopd_jax.plots import Run
 
@@ -28,7 +30,8 @@ def write(*workdirs: str | Path, out: str | Path | None = None) -> Path:
     """Write the report of one run, or the comparison of several; the path of the page.
 
     Without `out` it goes into the first workdir. A workdir without metrics.jsonl is a ValueError;
-    every other file may be missing, and so is then what would be shown of it.
+    every other file may be missing, and so is then what would be shown of it. Beside the page,
+    under its name with .json, is what its tables hold.
     """
     paths = [Path(workdir) for workdir in workdirs]
     names = [path.resolve().name for path in paths]
@@ -37,24 +40,44 @@ def write(*workdirs: str | Path, out: str | Path | None = None) -> Path:
         for path, name in zip(paths, names)
     ]
     tasks = plots.tasks_of(runs)
+    tables = {
+        "overview": _overview(runs, tasks),
+        "results": _results(runs, tasks),
+        "advice": _advice(runs),
+        "checklist": _checklist(runs),
+        "settings": _settings(runs),
+    }
     page = _template().render(
         title=" and ".join(run.name for run in runs) if len(runs) < 3 else f"{len(runs)} runs",
         runs=runs,
         tasks=tasks,
-        overview=_overview(runs, tasks),
         accuracy=plots.accuracy_figures(runs, tasks),
         training=plots.training_figures(runs, tasks),
+        diagnostics=plots.training_figures(runs, tasks, DIAGNOSTICS, name="d"),
         smoothed=any(len(run.metrics) >= plots.SMOOTH_FROM for run in runs),
-        results=_results(runs, tasks),
         counts=sorted({(r["samples"], r["problems"]) for run in runs for r in run.evaluation}),
         samples=_samples(runs, tasks),
-        settings=_settings(runs),
+        **tables,
     )
     default = paths[0] / ("report.html" if len(paths) == 1 else "comparison.html")
     path = Path(out) if out is not None else default
+    if path.suffix == ".json":
+        raise ValueError(f"{path} is the page, and its tables are beside it as .json; give .html")
     # Half of a surrogate pair, which a model can write, has no UTF-8.
     path.write_bytes(page.encode(errors="replace"))
+    facts = {"runs": [run.name for run in runs], "tasks": tasks} | tables
+    text = json.dumps(_plain(facts), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    path.with_suffix(".json").write_bytes(text.encode(errors="backslashreplace"))
     return path
+
+
+def _plain(value):
+    """The same for strict JSON, which has no NaN and no infinity: both become null."""
+    if isinstance(value, dict):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _template() -> jinja2.Template:
@@ -77,11 +100,12 @@ def _read(workdir: Path, name: str) -> Run:
         )
     info, checked = workdir / "run.json", workdir / "preflight.json"
     described = json.loads(info.read_text()) if info.is_file() else {}
-    if checked.is_file():
+    checks = json.loads(checked.read_text())["checks"] if checked.is_file() else []
+    if checks:
         described["preflight"] = {
             f"{check['role']}: {check['name']}": f"{check['value']} ({check['limit']}): "
             f"{check['verdict']} {check['says']}".rstrip()
-            for check in json.loads(checked.read_text())["checks"]
+            for check in checks
         }
     return Run(
         name=name,
@@ -90,6 +114,7 @@ def _read(workdir: Path, name: str) -> Run:
         evaluation=read_rows(workdir / EVALUATION),
         samples=read_rows(workdir / SAMPLES),
         info=described,
+        checks=checks,
     )
 
 
@@ -103,19 +128,6 @@ def _mean(by_task: dict[str, dict], tasks: list[str]) -> tuple[float, float | No
     return statistics.fmean(row["accuracy"] for row in rows), error
 
 
-def _recovered(before: dict, now: dict, teacher: dict | None) -> float | None:
-    """Share of the way from `before` to the teacher's accuracy that `now` has gone.
-
-    None where that way is shorter than two standard errors: the share would be noise.
-    """
-    if teacher is None:
-        return None
-    way = teacher["accuracy"] - before["accuracy"]
-    if way <= 2 * math.hypot(teacher["stderr"] or 0.0, before["stderr"] or 0.0):
-        return None
-    return (now["accuracy"] - before["accuracy"]) / way
-
-
 def _results(runs: list[Run], tasks: list[str]) -> list[dict]:
     """The table's rows: every student before and after, then the other models; equal rows once."""
     rows = []
@@ -127,7 +139,7 @@ def _results(runs: list[Run], tasks: list[str]) -> list[dict]:
             gains = {
                 task: {
                     "points": cells[task]["accuracy"] - before[task]["accuracy"],
-                    "gap": _recovered(
+                    "gap": recovered(
                         before[task], cells[task], others.get(run.teacher(task), {}).get(task)
                     ),
                 }
@@ -223,6 +235,29 @@ def _ends(values: list[float], form: str) -> str | None:
     return " → ".join(form.format(value) for value in [*values[:1], *values[1:][-1:]]) or None
 
 
+def _advice(runs: list[Run]) -> list[dict]:
+    """What each run had to be told, and at which step."""
+    return [
+        {"run": run.name, "step": step, "name": name, "sentence": sentence}
+        for run in runs
+        for step, name, sentence in advice.history(run.metrics, run.info.get("config", {}))
+    ]
+
+
+def _checklist(runs: list[Run]) -> list[dict]:
+    """Section, item, a text for each run (None: does not apply), and whether these differ."""
+    told = [{(section, item): text for section, item, text in checklist(run)} for run in runs]
+    # A section's items together, also those that only a later run has.
+    sections = list(dict.fromkeys(section for run in told for section, _ in run))
+    keys = dict.fromkeys(key for run in told for key in run)
+    rows = []
+    for section, item in sorted(keys, key=lambda key: sections.index(key[0])):
+        values = [run.get((section, item)) for run in told]
+        row = {"section": section, "item": item, "values": values}
+        rows.append(row | {"differs": len(set(values)) > 1})
+    return rows
+
+
 def _flat(value, prefix: str = "") -> dict[str, str]:
     """A nested value's leaves: dotted key -> text."""
     if isinstance(value, dict) and value:
@@ -236,7 +271,7 @@ def _flat(value, prefix: str = "") -> dict[str, str]:
 def _settings(runs: list[Run]) -> list[dict]:
     """The tables of run.json and preflight.json.
 
-    A title, and rows of (key, a text for each run, whether these differ).
+    A title, and rows of a key, a text for each run, and whether these differ.
     """
     found = []
     for title, key in (
@@ -250,7 +285,7 @@ def _settings(runs: list[Run]) -> list[dict]:
         rows = []
         for name in dict.fromkeys(name for run in flat for name in run):
             values = [run.get(name, "–") for run in flat]
-            rows.append((name, values, len(set(values)) > 1))
+            rows.append({"key": name, "values": values, "differs": len(set(values)) > 1})
         if rows:
             found.append({"title": title, "rows": rows})
     return found

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jax
 
-from gopd_jax import checkpoint, data, metrics, preflight, results, step
+from gopd_jax import advice, checkpoint, data, metrics, preflight, results, step
 from gopd_jax import config as settings
 from gopd_jax.advance import Stepper, abstract_state, prompts_of
 from gopd_jax.evaluate import evaluate
@@ -112,6 +112,8 @@ def finish(begun: Begun) -> Summary:
             progress.note(f"continuing {workdir} after step {start}")
         for note in (*config.notes(), this.recipe.objective.formula):
             progress.note(note)
+        told = metrics.read_rows(workdir / metrics.METRICS)
+        adviser = advice.Watch(settings.to_dict(config), told)
         judge = _judge(this, writer, progress)
         if not resumed:
             signal_of = _judge_all(this, judge, state, stop, progress.note)
@@ -136,6 +138,8 @@ def finish(begun: Begun) -> Summary:
             timing = watch.lap(row["tokens"])
             writer.write(now, row, timing)
             progress.update(now, row, timing)
+            for sentence in adviser.see({"step": now} | row):
+                progress.note(f"advice: {sentence}")
             with watch("save"):
                 if now == config.steps or now % config.checkpoints.every == 0:
                     checkpoint.save(manager, now, state, this.identity)

@@ -18,14 +18,15 @@ LAYERS = (
     ("recipe",),
     ("heads",),
     ("update",),
-    ("step", "evaluate", "metrics", "signals", "card"),
-    ("diagnose",),
-    ("assembly",),
+    ("step", "evaluate", "metrics", "evidence", "advice", "signals", "card"),
+    ("diagnose", "assembly"),
     ("setup",),
-    ("probe", "preflight", "results"),
-    ("advance",),
+    ("probe", "preflight", "results", "advance"),
     ("train",),
-    ("main", "score", "generate", "command", "report", "plots", "expo", "export"),
+    (
+        *("main", "score", "generate", "command", "expo", "export"),
+        *("report", "checklist", "account", "plots", "charts"),
+    ),
     ("microworld.make", "microworld.cells", "microworld.compare"),
 )
 LAYER = {name: i for i, names in enumerate(LAYERS) for name in names}

@@ -1,0 +1,107 @@
+"""What sentences about a run are made of: its settings, means of its rows, and what to try.
+
+Rows are those of metrics.jsonl, settings the plain values of run.json. A key may be absent or None
+in either.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+# Rows that are looked at: of a run's beginning and of its end. So a step costs the same at the end
+# of a long run, and what has passed is forgotten.
+WINDOW = 200
+TUPLES = ("objective.gates", "objective.regularizers")  # settings of several entries
+
+
+def setting(config: dict, key: str, default=None):
+    """The value under a dotted key; `default` where it is absent or None."""
+    for name in key.split("."):
+        config = config.get(name) if isinstance(config, dict) else None
+    return default if config is None else config
+
+
+def lam_of(config: dict) -> float:
+    return setting(config, "objective.lam", 1.0)
+
+
+def quarter(config: dict) -> int:
+    """Of the limit of a completion, in tokens."""
+    return max(1, setting(config, "sampling.completion_length", 1) // 4)
+
+
+def slower(config: dict) -> str:
+    """The flag of a third of the learning rate."""
+    rate = setting(config, "optimizer.learning_rate", 1e-5) / 3
+    return f"--config.optimizer.learning_rate={rate:.1g}"
+
+
+def is_number(value) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def some(rows: Iterable[dict], key: str, n: int) -> list[tuple[float, int]]:
+    """(value, place) of the first n of `rows` that have a finite number under `key`."""
+    found = []
+    for i, row in enumerate(rows):
+        if is_number(value := row.get(key)):
+            found.append((value, i))
+            if len(found) == n:
+                break
+    return found
+
+
+def mean(pairs: list[tuple[float, int]], n: int) -> float | None:
+    """Of n values; None where there are fewer."""
+    return sum(value for value, _ in pairs) / n if len(pairs) == n else None
+
+
+def last(rows: list[dict], key: str, n: int) -> float | None:
+    """Mean of the last n values in the window; None where there are fewer."""
+    return mean(some(reversed(rows[-WINDOW:]), key, n), n)
+
+
+def ends(rows: list[dict], key: str, n: int) -> tuple[float, float] | None:
+    """Means of the first n and of the last n values; None where these are not 2 n values."""
+    end = some(reversed(rows[-WINDOW:]), key, n)
+    if len(end) < n:
+        return None
+    begin = some(rows[:WINDOW], key, n)
+    if len(begin) < n or begin[-1][1] >= len(rows) - 1 - end[-1][1]:
+        return None
+    return mean(begin, n), mean(end, n)
+
+
+def same_weights(rows, config, n: int) -> bool:
+    """Whether the sampler had the weights that the scores are of."""
+    return setting(config, "sampling.lag", 0) == 0 and not last(rows, "staleness", n)
+
+
+def percent(share: float) -> str:
+    """Two digits of a share: "0.12 %", "71 %"."""
+    return f"{100 * share:.2g} %" if share < 0.0995 else f"{100 * share:.0f} %"
+
+
+def say(config: dict, found: str, *cures: tuple[str, str, str] | str | None) -> str:
+    """`found`, and what to try of what is not set already.
+
+    A cure is words, None, or (key, entry, why): a flag that sets the key, or adds to a tuple of
+    entries; left out where the entry's name, without options, is in the setting already.
+    """
+    told = []
+    for cure in cures:
+        if isinstance(cure, tuple):
+            key, entry, why = cure
+            now = setting(config, key)
+            if entry.split("(")[0] in str(now):
+                continue
+            value = entry
+            if key in TUPLES:
+                value = "(" + "".join(f'"{each}",' for each in (*(now or ()), entry)) + ")"
+            # Options and tuples hold signs that a shell would read.
+            value = f"'{value}'" if set(value) & set('()"') else value
+            cure = f"--config.{key}={value}" + (f" ({why})" if why else "")
+        if cure:
+            told.append(cure)
+    return f"{found}; try {', or '.join(told)}." if told else f"{found}."
