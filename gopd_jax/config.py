@@ -171,8 +171,7 @@ class Config:
     workdir: str  # checkpoints, metrics.jsonl, report.html and the exported model go here
     student: Model  # the model that is trained, from these weights
     teachers: dict[str, Model] = field(default_factory=dict)  # name -> model; a task's by its name
-    # task -> teacher of another name, or several with their weights: "math=0.7, code=0.3"
-    routes: dict[str, str] = field(default_factory=dict)
+    routes: dict[str, str] = field(default_factory=dict)  # task -> a teacher, or "a=0.7, b=0.3"
     reference: Model | None = None  # R of the objective; needed when lam != 1, else not loaded
     steps: int = 80  # optimizer steps of the whole run; a finished run continues under a larger one
     seed: int = 0  # of data order and sampling

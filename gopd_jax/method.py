@@ -29,6 +29,14 @@ def goal(config) -> objective.Objective | None:
     return objective.build(**options)
 
 
+def _nearly(config) -> objective.Objective | None:
+    """The objective with what is wrong in it left at the defaults, to check the rest against."""
+    try:
+        return objective.build(**checks.sound(settings(config)))
+    except (ValueError, TypeError):
+        return None
+
+
 def teachers_of(config, task: str) -> dict[str, float]:
     """Name -> weight of the task's teachers: what routes says, or the task's own name alone."""
     return _parts(config.routes.get(task, task))
@@ -61,10 +69,9 @@ def find(config) -> Iterator[str]:
     if unread := [*_routes(c)]:
         yield from unread
         return
-    if wrong := checks.objective_problems(settings(c)):
-        yield from wrong
+    yield from checks.objective_problems(settings(c))
+    if (made := _nearly(c)) is None:
         return
-    made = goal(c)
     yield from _roles(c, made)
     yield from _rows(c, made)
     yield from _sampling(c, made)
@@ -154,9 +161,11 @@ def _rows(c, made) -> Iterator[str]:
         )
     rows = b.prompts * b.rollouts
     if b.updates > 0 and b.microbatches > 0 and rows % (b.updates * b.microbatches):
+        several = f"batch.updates * batch.microbatches = {b.updates} * {b.microbatches}"
+        pieces = several if b.updates > 1 else f"batch.microbatches = {b.microbatches}"
         yield (
-            f"batch.prompts * batch.rollouts = {rows} rows do not divide into batch.updates * "
-            f"batch.microbatches = {b.updates} * {b.microbatches}; choose divisors of {rows}"
+            f"batch.prompts * batch.rollouts = {rows} rows do not divide into {pieces}; choose a "
+            f"divisor of {rows}"
         )
         return
     names = {name for task in c.data.tasks for name in teachers_of(c, task)}

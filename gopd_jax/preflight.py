@@ -13,8 +13,6 @@ import json
 import math
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from rich import box
 from rich.console import Console
@@ -22,6 +20,8 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from gopd_jax import sharding, step
+from gopd_jax.objectives import objective
+from gopd_jax.objectives.targets import tilted
 from gopd_jax.probe import Probe, mean
 from gopd_jax.recipe import Frozen
 from gopd_jax.setup import Role, Run
@@ -155,16 +155,18 @@ def of_student(probe: Probe) -> list[Check]:
         own = dataclasses.replace(
             probe.recipe,
             teachers=(probe.student.decoder,),
-            routes=(0,) * len(probe.run.train.tasks),
-            reference=probe.student.decoder if probe.recipe.reference else None,
+            routes=((0,) * len(probe.run.train.tasks),),
+            mixture=None,
+            # The sampled tokens' log-probs, whatever this run's own loss takes of the vocabulary.
+            objective=objective.build(lam=probe.recipe.objective.lam),
+            reference=probe.student.decoder,
         )
-        params = probe.student.params
-        frozen = Frozen(teachers=(params,), reference=params if probe.recipe.reference else None)
+        params, lam = probe.student.params, own.objective.lam
+        frozen = Frozen(teachers=(params,), reference=params)
         _, score, _ = step.staged(own)
         scores = score(frozen, probe.rollout.replace(teacher=None, reference=None))
-        scores = jax.tree.map(jnp.asarray, sharding.gather(scores))
-        scores = scores.replace(student_BT=jnp.asarray(probe.logp_BT))
-        advantage_BT = own.objective.advantage(scores, jnp.asarray(probe.mask_BT))
+        scores = sharding.gather(scores)
+        advantage_BT = tilted(scores.teacher_BT, scores.ref_BT, lam=lam) - probe.logp_BT
         checks.append(
             _bound(
                 "student",

@@ -242,7 +242,7 @@ def _check_contract(c: settings.Config, roles: dict[str, Role]) -> None:
     for task in c.data.tasks:
         named = {name: roles.get(f"teacher:{name}") for name in teachers_of(c, task)}
         readers = [role.reader for role in named.values() if role is not None]
-        if not all(reader.reads_as(readers[0]) for reader in readers):
+        if not all(reader.reads_as(readers[0]) for reader in readers[1:]):
             problems.append(
                 f"routes mix the teachers {sorted(named)} of task {task!r}, and they read prompts "
                 "differently (template or context); mix teachers that read alike"

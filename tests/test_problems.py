@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from gopd_jax import problems
+from gopd_jax import method, problems
 from gopd_jax.config import Config, Lora, Model
 
 
@@ -64,7 +64,7 @@ WRONG = {
         ("grpo", "'grpo' compares the rollouts of one prompt and batch.rollouts is 1; use 8"),
         ("imitation", "source = 'student' teach .* use source = 'teacher' or 'data'"),
     ],
-    "objective.loss": [("ppo", "there is no 'ppo'")],
+    "objective.loss": [("trpo", "there is no 'trpo'")],
     "objective.reduction": [
         ("sequence_sum", r"'sequence_sum'; give it \['length'\]"),
         ("sequence_sum(length=0)", "length has to be a positive number"),
@@ -146,7 +146,7 @@ def test_every_number_has_a_bound(made):
 def test_all_problems_are_listed_at_once(made):
     wrong = {
         "objective.lam": 1.25,
-        "objective.loss": "ppo",
+        "objective.loss": "trpo",
         "optimizer.schedule": "linear",
         "batch.prompts": 7,
         "batch.microbatches": 4,
@@ -158,7 +158,7 @@ def test_all_problems_are_listed_at_once(made):
     assert len(found) == len(wrong)
     for words in (
         "no reference",
-        "'ppo'",
+        "'trpo'",
         "'linear'",
         "= 7 is not",
         "do not divide",
@@ -201,7 +201,7 @@ def test_a_reference_without_use_is_a_note_and_is_not_loaded(made):
     assert config.notes() == [
         "reference = '/nowhere' is not loaded: objective.lam = 1, where it cancels"
     ]
-    assert "reference" not in problems.roles(config)
+    assert "reference" not in method.roles(config)
 
 
 def test_a_teacher_without_use_is_a_note_and_is_not_loaded(made):
@@ -209,7 +209,7 @@ def test_a_teacher_without_use_is_a_note_and_is_not_loaded(made):
     assert config.problems() == []
     (note,) = config.notes()
     assert note.startswith("teachers ['code'] are not loaded")
-    assert problems.roles(config).keys() == {"student", "teachers.math"}
+    assert method.roles(config).keys() == {"student", "teachers.math"}
     grpo = {"objective.advantage": "grpo", "batch.rollouts": 8, "evaluation.teachers": False}
     assert made(grpo).notes()[0].startswith("teachers ['code', 'math'] are not loaded")
 

@@ -40,6 +40,11 @@ def objective_problems(settings: dict) -> list[str]:
     return found
 
 
+def sound(settings: dict) -> dict:
+    """The settings without those that name nothing: what else is wrong can then be told as well."""
+    return {k: v for k, v in settings.items() if k not in TABLES or not [*_unresolved({k: v})]}
+
+
 def _unresolved(settings: dict) -> Iterator[str]:
     for key, entries in TABLES.items():
         given = settings.get(key)
