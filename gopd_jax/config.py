@@ -207,7 +207,7 @@ def to_dict(config: Config) -> dict:
 
 
 # Settings that may change between a run and its continuation: they change no number it computes.
-MAY_CHANGE = ("workdir", "checkpoints", "preflight", "profile", "mesh")
+MAY_CHANGE = ("workdir", "checkpoints", "diagnostics", "preflight", "profile", "mesh")
 # Parts of others of which the same is true.
 PARTS_MAY_CHANGE = (".fingerprint", "lora.export")
 # Read from files, which are identified by their content; and where weights lie.
@@ -219,7 +219,6 @@ LATER = {
     "lag": 0,
     "updates": 1,
     "epochs": 1,
-    **{f"diagnostics.{f.name}": f.default for f in dataclasses.fields(Diagnostics)},
     **{
         f"objective.{f.name}": f.default if f.default_factory is MISSING else f.default_factory()
         for f in dataclasses.fields(Objective)

@@ -120,7 +120,7 @@ def test_a_step_trains_the_adapters_alone_by_the_gradient_of_the_merged_model(se
     value, grads = jax.value_and_grad(loss)(state.params)
     updates, _ = recipe.optimizer.update(grads, state.opt_state, state.params)
     want = jax.tree.map(jnp.add, state.params, updates)
-    got, metrics = update(state, rollout, scores, frozen.base)
+    got, metrics = update(state, rollout, scores, frozen)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-6), got.params, want)
     np.testing.assert_allclose(metrics["loss"].value(), value, rtol=1e-4)
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), before, jax.device_get(got.params))

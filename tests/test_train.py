@@ -169,8 +169,7 @@ def test_a_finished_run_started_again_exports_again_and_says_so(root, tmp_path, 
     os.system(f"cp -r {root}/run {workdir}")
     (workdir / "export" / "model.safetensors").unlink()
     (workdir / ".export.half").mkdir()
-    monkeypatch.setattr(train.step, "fused", None)  # it must not train
-    monkeypatch.setattr(train, "_advance", lambda this: None)
+    monkeypatch.setattr(train.Stepper, "__call__", None)  # it must not train
     summary = train.run(in_workdir(root, workdir))
     assert (summary.step, summary.stopped_by, summary.export) == (6, None, workdir / "export")
     assert "at step 6 of 6: nothing is left to train" in capfd.readouterr().err

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from gopd_jax import config as settings
 from gopd_jax import microworld
-from gopd_jax.config import Config, Evaluation, Model
+from gopd_jax.config import Config, Diagnostics, Evaluation, Model
 from gopd_jax.microworld import dataset, statistics
 from gopd_jax.models import hf
 
@@ -162,6 +162,7 @@ def _training(scope: Scope, group, method, seed, config: Config, goal: Config) -
         seed=seed,
         steps=steps,
         batch=dataclasses.replace(config.batch, prompts=rows // rollouts),
+        diagnostics=Diagnostics(),
         evaluation=Evaluation(problems=8, samples=1, every=None, verify_every=None, teachers=False),
     )
     return Cell(group=group, method=method, seed=seed, model=workdir / "export", config=config)

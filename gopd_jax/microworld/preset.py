@@ -3,7 +3,7 @@
 It lies in the package, so that a preset's file can be given by its path from any directory.
 """
 
-from gopd_jax.config import Batch, Config, Data, Model, Optimizer, Sampling
+from gopd_jax.config import Batch, Config, Data, Diagnostics, Model, Optimizer, Sampling
 from gopd_jax.microworld import path
 
 
@@ -37,6 +37,7 @@ def two_teachers(workdir: str) -> Config:
         # 16 rows a microbatch: their activations fit a CPU's caches.
         batch=Batch(prompts=128, microbatches=8, head_chunk=9),
         optimizer=Optimizer(learning_rate=2e-4),
+        diagnostics=Diagnostics(every=20),
     )
 
 
@@ -47,4 +48,5 @@ def tiny(c: Config) -> Config:
     c.batch.prompts, c.batch.microbatches = 8, 1
     c.batch.rollouts = min(c.batch.rollouts, 2)
     c.evaluation.problems, c.evaluation.samples = 4, 1
+    c.diagnostics.every = None
     return c
