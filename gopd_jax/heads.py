@@ -135,20 +135,7 @@ def _head(recipe, params, heads, chunk, lam, *, grad, look):
                 of_id["teacher"], of_id.get("ref"), lam=lam_x, cap=objective.ratio_cap
             )
         if "local_kl_BT" in objective.needs or recipe.critic is not None:
-            # The same target as the sampled token's: normalised or not, it is its expectation.
-            as_sampled_xV = target_xV
-            if objective.tilts and not objective.normalised:
-                as_sampled_xV = jnp.where(
-                    real_xV,
-                    tilted(
-                        jnp.where(real_xV, teacher_xV, 0.0),
-                        jnp.where(real_xV, ref_xV, 0.0),
-                        lam=lam_xV,
-                        cap=objective.ratio_cap,
-                    ),
-                    -jnp.inf,
-                )
-            found["local_kl"] = _expected(objective, still_xV, as_sampled_xV, real_xV)
+            found["local_kl"] = _local(objective, student_xV, teacher_xV, ref_xV, real_xV, lam_xV)
         found = {k: v if k == "logp" else jax.lax.stop_gradient(v) for k, v in found.items()}
     if look is not None:
         found |= look(ids_x=ids_x, teacher_xV=teacher_xV, **vocabulary)
@@ -166,11 +153,24 @@ def _head(recipe, params, heads, chunk, lam, *, grad, look):
     return found
 
 
-def _expected(objective, student_xV, target_xV, real_xV):
-    """-E_S[token reward] of each state: KL(S || T) for plain distillation."""
-    log_u = jnp.where(real_xV, target_xV, 0.0) - jnp.where(real_xV, student_xV, 0.0)
-    reward = objective.token_reward(log_u)
-    return -jnp.where(real_xV, jnp.exp(student_xV) * reward, 0.0).sum(-1)
+def _local(objective, student_xV, teacher_xV, ref_xV, real_xV, lam):
+    """-E_S[token reward] of each state, over the support: KL(S || T) for plain distillation.
+
+    The target is the sampled token's, normalised or not, so that it is the expectation of what is
+    sampled.
+    """
+    student_xV, teacher_xV = (jnp.where(real_xV, x, 0.0) for x in (student_xV, teacher_xV))
+    target_xV = teacher_xV
+    if objective.tilts:
+        ref_xV = jnp.where(real_xV, ref_xV, 0.0)
+        target_xV = tilted(teacher_xV, ref_xV, lam=lam, cap=objective.ratio_cap)
+        if objective.normalised:
+            target_xV = jax.nn.log_softmax(jnp.where(real_xV, target_xV, -jnp.inf))
+    of_support = supported(objective.support, objective.mass, student_xV, target_xV, real_xV)
+    student_xS, target_xS, valid_xS = of_support
+    log_u_xS = jnp.where(valid_xS, target_xS - student_xS, 0.0)
+    reward_xS = objective.token_reward(log_u_xS)
+    return -jnp.where(valid_xS, jnp.exp(student_xS) * reward_xS, 0.0).sum(-1)
 
 
 def _frozen(recipe, heads, chunk, options, n_ids):

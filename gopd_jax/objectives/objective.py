@@ -201,10 +201,15 @@ class Objective:
         q, mask_BT = dict(quantities), quantities["mask_BT"]
         q["token_reward_BT"] = fed(self.advantage, q)
         q["credit_BT"] = advantage_BT = fed(self.credit, q)
+        if self.corrected:
+            log_u_BT = self.clipped(jnp.where(mask_BT, q["log_u_BT"], 0.0))
+            if self.credit is CREDITS["immediate"]:
+                # Their sum in closed form: added up they cancel to nothing where u is extreme.
+                advantage_BT = f_divergences.corrected(self.divergence, log_u_BT)
+            else:
+                advantage_BT += f_divergences.correction(self.divergence, log_u_BT)
         if self.baseline is not None:
             advantage_BT = advantage_BT - fed(self.baseline, q)
-        if self.corrected and "log_u_BT" in names(self.advantage):
-            advantage_BT += f_divergences.correction(self.divergence, self.clipped(q["log_u_BT"]))
         if self.task is not None:
             advantage_BT = fed(self.task, q) + self.distil_weight * advantage_BT
         if self.advantage_clip is not None:
@@ -277,7 +282,10 @@ def build(
     made = Objective(
         advantage=rewarded,
         divergence=of,
-        corrected=estimator == "corrected" and "divergence" in _options(rewarded),
+        # Of reverse KL it is 0 everywhere.
+        corrected=estimator == "corrected"
+        and "divergence" in _options(rewarded)
+        and of is not DIVERGENCES["reverse_kl"],
         lam=lam,
         lam_schedule=entry("lam_schedule", lam_schedule),
         lam_by_row=lam_by_row,
