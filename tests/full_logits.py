@@ -1,4 +1,4 @@
-"""A step so small that the logits of all its positions can be held, and updates written out by hand.
+"""A step so small that all of its logits can be held, and its updates written out by hand.
 
 Three tiny models beside the student, of other architectures, widths and embedding tables, and
 sixteen rows that no sampler wrote: of one token, of none, cut off, with the end token first. The
@@ -21,7 +21,7 @@ from gopd_jax.models.decoder import Decoder
 from gopd_jax.models.params import ModelConfig
 from gopd_jax.objectives import objective
 from gopd_jax.recipe import Frozen, Recipe, init_state
-from gopd_jax.types import Rollout, Scores
+from gopd_jax.types import Prompts, Rollout
 
 V, WIDTH, LENGTH, GROUP_ROWS = 61, 4, 6, (6, 10)
 EOS = (0, 1, 2)
@@ -55,6 +55,7 @@ def model(seed, architecture, width, n_ids):
     return Decoder(cfg), jax.tree.map(lambda x: 8 * x if x.std() > 0 else x, params)
 
 
+@functools.cache
 def rollout(width=WIDTH, order=None) -> Rollout:
     """The sixteen rows, after prompts of 2 to 4 tokens in `width` positions, in another order."""
     draw = np.random.default_rng(5)
@@ -64,7 +65,7 @@ def rollout(width=WIDTH, order=None) -> Rollout:
     ids_BC = np.where(last_BC & ENDED_B[:, None], draw.integers(0, 3, mask_BC.shape), ids_BC)
     prompt_BP = draw.integers(0, V, (N_ROWS, WIDTH))
     valid_BP = np.arange(WIDTH) >= WIDTH - 2 - np.arange(N_ROWS)[:, None] % 3
-    logp_BC = -draw.gamma(4.0, 1.0, mask_BC.shape)
+    noise_BC = 0.5 * draw.normal(size=mask_BC.shape)
     wider = ((0, 0), (width - WIDTH, 0))
     before = ((0, 0), (width - 1, 0))
     made = Rollout(
@@ -73,14 +74,29 @@ def rollout(width=WIDTH, order=None) -> Rollout:
         ).astype(np.int32),
         valid_BL=np.concatenate([np.pad(valid_BP, wider), mask_BC], 1),
         mask_BT=np.pad(mask_BC, before),
-        logp_BT=np.pad(np.where(mask_BC, logp_BC, 0), before).astype(np.float32),
+        logp_BT=np.pad(np.where(mask_BC, noise_BC, 0), before).astype(np.float32),
         ended_B=ENDED_B,
         group_B=GROUP_B.astype(np.int32),
         task_B=TASK_B.astype(np.int32),
         n_prompt=width,
     )
-    order = np.arange(N_ROWS) if order is None else order
+    # The sampler's log-probs: the student's, but for the noise.
+    student_BT = np.asarray(of_tokens(logp_of(STUDENT, made), made))
+    made = made.replace(logp_BT=np.where(made.mask_BT, student_BT + made.logp_BT, 0))
+    order = np.arange(N_ROWS) if order is None else np.array(order)
     return jax.tree.map(lambda x: jnp.array(x[order]), made)
+
+
+def prompts() -> Prompts:
+    """Those of the rows, for a sampler."""
+    rows = rollout()
+    return Prompts(
+        tokens_BP=rows.tokens_BL[:, :WIDTH],
+        valid_BP=rows.valid_BL[:, :WIDTH],
+        task_B=rows.task_B,
+        group_B=rows.group_B,
+        row_B=jnp.arange(N_ROWS, dtype=jnp.int32),
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,20 +106,12 @@ class Setting:
     frozen: Frozen
     rollout: Rollout
 
-    def scores(self, rollout=None) -> Scores:
-        run = step.compiled(
-            self.recipe,
-            lambda frozen, rollout: step.score(self.recipe, frozen, rollout),
-            sharding.by_rows(self.recipe.mesh),
-        )
-        return run(self.frozen, self.laid(self.rollout if rollout is None else rollout))
-
     def laid(self, rows):
         return jax.device_put(rows, sharding.by_rows(self.recipe.mesh))
 
     @functools.cached_property
     def compiled(self):
-        """(state, rollout, scores made by `scores` but for the reward, frozen) -> step.update's."""
+        """jit of (state, rollout, reward_B or None, frozen) -> what step.update gives."""
         recipe = self.recipe
 
         def run(state, rollout, reward_B, frozen):

@@ -1,13 +1,16 @@
 """Losses over the vocabulary in the step, chunk by chunk, against full logits and written out."""
 
-import dataclasses
 import functools
+import math
 
 import full_logits as full
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_step_program import shapes_in, walk
+
+from gopd_jax.recipe import init_state
 
 MASK_BT = full.rollout().mask_BT
 IDS_BT = full.rollout().tokens_BL[:, 1:]
@@ -125,3 +128,82 @@ def test_a_step_is_the_descent_from_full_logits(name):
     full.same(grads, want, 1e-5 * max(1, full.norm(want)))
     np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
     assert metrics["skipped"] == 0
+
+
+# --- what must not matter
+
+# A loss of each kind at once: on a support, over the vocabulary, of the sampled token; gated rows.
+EVERYTHING = {
+    **{"loss": "asymmetric", "divergence": "jsd", "lam": 1.25, "support": "top_k(k=5, of='union')"},
+    **{"regularizers": ("entropy(weight=0.3)", "anchor(weight=0.2)"), "gates": ("trust",)},
+}
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """(gradient, metrics) in two microbatches and chunks of two positions, on one device."""
+    return full.setting(options=EVERYTHING).descent()
+
+
+def agree(got, want):
+    full.same(got[0], want[0])
+    full.same(got[1], want[1], 2e-5, 2e-5)
+
+
+@pytest.mark.parametrize(("microbatches", "chunk"), [(1, 4)])
+def test_microbatches_and_chunks_change_nothing(plain, microbatches, chunk):
+    changed = full.setting(options=EVERYTHING, microbatches=microbatches, head_chunk=chunk)
+    agree(changed.descent(), plain)
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 2, 4), pytest.param((2, 2, 2), marks=pytest.mark.slow)], ids=str
+)
+def test_every_mesh_gives_the_same_step(plain, shape):
+    # Groups of 3 and of 5 rows in a microbatch, on 2 and on 4 row shards.
+    agree(full.setting(shape, options=EVERYTHING).descent(), plain)
+
+
+def test_neither_the_order_of_rows_nor_the_width_of_prompts_matters(plain):
+    draw = np.random.default_rng(8)
+    order = (*draw.permutation(6), *(6 + draw.permutation(10)))
+    other = full.rollout(width=7, order=order)
+    assert other.tokens_BL.shape[1] == full.rollout().tokens_BL.shape[1] + 3
+    agree(full.setting(options=EVERYTHING).descent(other), plain)
+
+
+def test_one_teacher_of_all_tasks_is_split_into_pieces_that_tasks_do_not_divide_into():
+    options = {"loss": "exact"}
+    one = {"teachers": full.TEACHERS[:1], "routes": ((0, 0),)}
+    want = full.setting(options=options, **one).descent()
+    agree(full.setting(options=options, **one, microbatches=4).descent(), want)
+    two = full.setting(options=options, microbatches=4)
+    with pytest.raises(ValueError, match="take fewer updates or microbatches"):
+        two.descent()
+
+
+# --- memory
+
+
+def largest_over_a_vocabulary(head_chunk, compiled=False):
+    """{rows of an embedding: positions with logits over it at once}, of any of the models."""
+    one = full.setting(options=EVERYTHING, microbatches=1, head_chunk=head_chunk)
+    args = (init_state(one.recipe, one.params), one.rollout, None, one.frozen)
+    if compiled:
+        shapes = shapes_in(one.compiled.lower(*args).compile().as_text())
+    else:
+        equations = walk(one.compiled.trace(*args).jaxpr)
+        shapes = {v.aval.shape for eqn in equations for v in eqn.outvars}
+    found = {}
+    for which in (full.STUDENT, full.REFERENCE, full.TEACHERS[1]):
+        n_ids = which[3]
+        sizes = [math.prod(s) // n_ids for s in shapes if s and s[-1] == n_ids]
+        found[n_ids] = max(sizes)
+    return found
+
+
+def test_no_array_holds_the_logits_of_more_positions_than_a_chunk():
+    # Chunks of the sixteen rows; the llama teacher has the ten of its task.
+    assert largest_over_a_vocabulary(2) == {68: 32, 64: 32, 72: 20}
+    assert max(largest_over_a_vocabulary(2, compiled=True).values()) == 32
+    assert largest_over_a_vocabulary(6) == {68: 96, 64: 96, 72: 60}
