@@ -48,7 +48,10 @@ def probing(recipe: Recipe, *, n_rows: int, rollouts: int, top_k: int, options: 
     exact = dataclasses.replace(few, objective=_exact(options), critic=None)
 
     def take(tree):
-        return sharding.constrain_rows(jax.tree.map(lambda x: x[index_b], tree))
+        few = jax.tree.map(lambda x: x[index_b], tree)
+        # Groups are numbered within the rows at hand: by the first row of each.
+        first_b = jnp.argmax(few.group_B[:, None] == few.group_B, axis=1).astype(jnp.int32)
+        return sharding.constrain_rows(few.replace(group_B=first_b))
 
     def sample(state: TrainState, frozen: Frozen, prompts: Prompts, key):
         if recipe.lag:

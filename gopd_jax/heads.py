@@ -7,6 +7,7 @@ hidden states, forms the target, and keeps what is one number a position.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gopd_jax import batching, scoring, sharding
 from gopd_jax.models import decoder as lm
@@ -22,13 +23,14 @@ TARGET = ("target_BT", "teacher_BT", "teacher_entropy_BT", "ref_BT", "local_kl_B
 
 def frozen_heads(recipe, frozen):
     """What of the frozen models makes logits, in device memory; None where none is used."""
-    if not recipe.objective.vocabulary:
+    if not recipe.vocabulary:
         return None
 
     def head(decoder, params):
         return batching.resident(lm.head_params(decoder, params))
 
-    teachers = tuple(head(d, p) for d, p in zip(recipe.teachers, frozen.teachers))
+    used = zip(recipe.teachers, frozen.teachers) if recipe.objective.teacher else ()
+    teachers = tuple(head(decoder, params) for decoder, params in used)
     if not recipe.objective.reference:
         return teachers, None
     return teachers, head(recipe.reference, frozen.reference)
@@ -36,14 +38,24 @@ def frozen_heads(recipe, frozen):
 
 def weights_of(recipe, n_rows: int):
     """Weights of each of a row's teachers, [B] float32, for n_rows rows sorted by task."""
-    rows = shares(recipe, n_rows)
-    weights = recipe.mixture.weights if recipe.mixture else ((1.0,) * len(rows),)
-    return [jnp.repeat(jnp.array(w), jnp.array(rows), total_repeat_length=n_rows) for w in weights]
+    return [jnp.repeat(*by_task(recipe, w, n_rows)) for w in recipe.mixture.weights]
 
 
-def shares(recipe, n_rows: int) -> tuple[int, ...]:
-    """Rows of each task among n_rows that a strided split of the batch has left."""
-    return tuple(n * n_rows // sum(recipe.group_rows) for n in recipe.group_rows)
+def by_task(recipe, of_task: tuple, n_rows: int):
+    """(values, repeats) as NumPy arrays: one value a task and its rows among n_rows of the batch.
+
+    A strided split of the batch leaves each task its share. ValueError where that is no whole
+    number of rows, unless all tasks have one value.
+    """
+    if len(set(of_task)) == 1:
+        return np.array(of_task[:1]), np.array([n_rows])
+    total = sum(recipe.group_rows)
+    if any(n * n_rows % total for n in recipe.group_rows):
+        raise ValueError(
+            f"tasks of {recipe.group_rows} rows cannot be split evenly into pieces of {n_rows}; "
+            "take fewer updates or microbatches"
+        )
+    return np.array(of_task), np.array(recipe.group_rows) * n_rows // total
 
 
 def mix(recipe, logps):
@@ -72,8 +84,8 @@ def read(
     first, width = rollout.n_prompt - 1, ids_BC.shape[1]
     end = first + width
     arrays = {"hidden": hidden_BCD, "ids": ids_BC}
-    if objective.vocabulary:
-        arrays["teacher"] = tuple(x[:, :width] for x in scores.teacher_hidden)
+    if recipe.vocabulary:
+        arrays["teacher"] = tuple(x[:, :width] for x in scores.teacher_hidden or ())
         if objective.reference:
             arrays["ref"] = scores.ref_hidden[:, :width]
 
@@ -115,36 +127,39 @@ def _head(recipe, params, heads, chunk, lam, *, grad, look):
         "eos_probability": jnp.where(is_end_V, jnp.exp(still_xV), 0.0).sum(-1),
     }
     vocabulary = {"student_xV": student_xV, "real_xV": real_xV}
-    if objective.vocabulary:
+    teacher_xV = ref_xV = None
+    if recipe.vocabulary:
         teacher_xV, ref_xV = _frozen(recipe, heads, chunk, options, student_xV.shape[-1])
+    if ref_xV is not None:
+        vocabulary["ref_xV"], found["ref"] = ref_xV, pick(ref_xV, ids_x)
+    if teacher_xV is not None:
         lam_x = lam if jnp.ndim(lam) == 0 else lam[:, None]
         lam_xV = lam if jnp.ndim(lam) == 0 else lam[:, None, None]
         target_xV = tilted_distribution(
             teacher_xV, ref_xV, real_xV, lam=lam_xV, cap=objective.ratio_cap
         )
-        vocabulary |= {"target_xV": target_xV, "ref_xV": ref_xV}
-        of_id = {"teacher": pick(teacher_xV, ids_x)}
-        if ref_xV is not None:
-            of_id["ref"] = pick(ref_xV, ids_x)
-        found |= of_id
+        vocabulary["target_xV"] = target_xV
+        found["teacher"] = pick(teacher_xV, ids_x)
         found["teacher_entropy"] = scoring.entropy(teacher_xV, real_V)
         if objective.normalised or not objective.tilts:
             found["target"] = pick(target_xV, ids_x)
         else:
             found["target"] = tilted(
-                of_id["teacher"], of_id.get("ref"), lam=lam_x, cap=objective.ratio_cap
+                found["teacher"], found["ref"], lam=lam_x, cap=objective.ratio_cap
             )
-        if "local_kl_BT" in objective.needs or recipe.critic is not None:
+        if "local_kl_BT" in objective.needs or recipe.closed_form:
             found["local_kl"] = _local(objective, student_xV, teacher_xV, ref_xV, real_xV, lam_xV)
-        found = {k: v if k == "logp" else jax.lax.stop_gradient(v) for k, v in found.items()}
+    found = {k: v if k == "logp" else jax.lax.stop_gradient(v) for k, v in found.items()}
     if look is not None:
-        found |= look(ids_x=ids_x, teacher_xV=teacher_xV, **vocabulary)
+        found |= look(ids_x=ids_x, teacher_xV=teacher_xV, **{"ref_xV": None} | vocabulary)
     if grad:
         if any(name.endswith("_xS") for name in objective.needs):
             support, mass = objective.support, objective.mass
             of_support = supported(support, mass, student_xV, vocabulary["target_xV"], real_xV)
             vocabulary |= dict(zip(("student_xS", "target_xS", "valid_xS"), of_support))
-        known = chunk["given"] | vocabulary | {"logp_x": found["logp"], "ids_x": ids_x}
+        # Before the first update of a batch the student is what it was at the start.
+        known = {"student_x": jax.lax.stop_gradient(found["logp"])} | chunk["given"] | vocabulary
+        known |= {"logp_x": found["logp"], "ids_x": ids_x}
         known |= {f"{k}_x": found[k] for k in ("target", "ref") if k in found}
         if over_vocabulary(objective.loss):
             found["loss"] = fed(objective.loss, known)
@@ -174,28 +189,32 @@ def _local(objective, student_xV, teacher_xV, ref_xV, real_xV, lam):
 
 
 def _frozen(recipe, heads, chunk, options, n_ids):
-    """(log-probs of each row's teacher, of the reference or None) over the student's n_ids ids."""
+    """(log-probs of each row's teacher or None, of the reference or None) over n_ids ids."""
     teachers, ref = heads
 
     def over(decoder, params, hidden_xD):
-        hidden_xD = hidden_xD[..., : decoder.cfg.hidden_size]
+        # Next to other teachers' they are as wide as the widest, and of the highest precision.
+        hidden_xD = hidden_xD[..., : decoder.cfg.hidden_size].astype(decoder.dtype)
         return same_width(scoring.log_probs(decoder, params, hidden_xD, **options), n_ids)
 
+    ref_xV = None if ref is None else over(recipe.reference, ref, chunk["ref"])
+    if not teachers:
+        return None, jax.lax.stop_gradient(ref_xV)
     n_rows = chunk["ids"].shape[0]
     every = []
-    for routes, hidden_xD in zip(recipe.routes, chunk["teacher"]):
+    for of_task, hidden_xD in zip(recipe.routes, chunk["teacher"]):
+        routes, rows_of = by_task(recipe, of_task, n_rows)
 
         def judge(i, rows, after):
             return over(recipe.teachers[i], teachers[i], rows)
 
-        groups = {"mesh": recipe.mesh, "routes": routes, "group_rows": shares(recipe, n_rows)}
+        groups = {"mesh": recipe.mesh, "routes": routes, "group_rows": rows_of}
         every.append(batching.by_teacher(judge, hidden_xD, **groups))
     teacher_xV = mix(recipe, every)
     if recipe.mixture is not None and recipe.mixture.space == "log":
         real_V = jnp.arange(n_ids) < recipe.n_vocab
         teacher_xV = jax.nn.log_softmax(jnp.where(real_V, teacher_xV, -jnp.inf))
     teacher_xV = sharding.constrain_rows(teacher_xV)
-    ref_xV = None if ref is None else over(recipe.reference, ref, chunk["ref"])
     return jax.lax.stop_gradient((teacher_xV, ref_xV))
 
 

@@ -61,6 +61,16 @@ class Recipe:
         return self.updates * self.microbatches
 
     @property
+    def closed_form(self) -> bool:
+        """Whether the critic's value holds the state's own expected reward, -KL."""
+        return self.critic is not None and self.critic.closed_form
+
+    @property
+    def vocabulary(self) -> bool:
+        """Whether the frozen models' distributions are needed, not their sampled tokens' alone."""
+        return self.objective.vocabulary or self.closed_form
+
+    @property
     def prescored(self) -> bool:
         """Whether the student scores the batch before the first update of it."""
         return self.objective.prescored or self.updates * self.epochs > 1

@@ -145,7 +145,7 @@ class _Piece:
         objective, known = self.recipe.objective, rows["known"]
         given = {f"{name}_x": known[f"{name}_BT"] for name in GIVEN if f"{name}_BT" in known}
         given["sampler_x"] = rows["rollout"].logp_BT
-        given = given if over_vocabulary(objective.loss) else {}
+        given = given if any(map(over_vocabulary, objective.losses)) else {}
         found = self.read(params, rows, given, grad=True)
         still = jax.lax.stop_gradient(found)
         seen = {name: still[name] for name in (*SEEN, *heads.TARGET) if name in still}

@@ -14,6 +14,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 
 from gopd_jax.objectives import divergences as f_divergences
+from gopd_jax.objectives import formula
 from gopd_jax.objectives.advantages import ADVANTAGES
 from gopd_jax.objectives.baselines import BASELINES
 from gopd_jax.objectives.credit import CREDITS
@@ -49,10 +50,11 @@ TABLES = {
 TARGETS = {"target_BT", "log_u_BT", "teacher_BT", "teacher_entropy_BT", "local_kl_BT"}
 VALUES = {"value_BT", "bootstrap_B"}
 REWARDS = {"reward_B", "relative_reward_B"}  # the verifier's; compared within its prompt's rollouts
+EARNED = {"token_reward_BT", "credit_BT", "advantage_BT"}  # of a sampled token
 ROWS = {
     *("mask_BT", "position_BT", "ids_BT", "end_BT", "group_B", "ended_B", "step", *REWARDS),
     *("student_BT", "sampler_BT", "ref_BT", "entropy_BT", *TARGETS, *VALUES),
-    *("token_reward_BT", "credit_BT", "advantage_BT"),
+    *EARNED,
 }
 # Some positions of any leading shape; of the vocabulary (_xV) or of the support (_xS).
 POSITIONS = {
@@ -105,16 +107,21 @@ class Objective:
     # --- what has to be computed, read off the entries
 
     @property
+    def losses(self) -> tuple[Callable, ...]:
+        """What is differentiated."""
+        return (self.loss, *self.regularizers)
+
+    @property
     def weighs(self) -> bool:
-        """Whether the loss weighs sampled tokens by an advantage."""
-        return "advantage_x" in names(self.loss) or any(
-            "advantage_BT" in names(gate) for gate in self.gates
-        )
+        """Whether anything asks what a sampled token has earned: its advantage, first of all."""
+        of_tokens = [e for e in (*self.gates, self.importance, self.rejection) if e is not None]
+        asked = any(EARNED & {*names(entry)} for entry in of_tokens)
+        return asked or any("advantage_x" in names(entry) for entry in self.losses)
 
     @property
     def needs(self) -> frozenset[str]:
         """Every quantity that this objective uses."""
-        used = [self.loss, *self.regularizers, *self.gates, self.importance, self.rejection]
+        used = [*self.losses, *self.gates, self.importance, self.rejection]
         if self.weighs:
             used += [self.advantage, self.credit, self.baseline, self.task]
         found = {name for entry in used if entry is not None for name in names(entry)}
@@ -157,7 +164,8 @@ class Objective:
         if self.divergence is DIVERGENCES["reverse_kl"] and self.log_u_clip is None:
             is_gopd = getattr(self.advantage, "func", None) is ADVANTAGES["gopd"]
             indifferent |= {self.advantage} if is_gopd else set()
-        used = (self.loss, *self.gates, *((self.advantage, self.task) if self.weighs else ()))
+        used = [*self.losses, *self.gates]
+        used += [self.advantage, self.credit, self.baseline, self.task] if self.weighs else []
         asking = {"target_BT", "log_u_BT", "target_x"}
         return any(e not in indifferent and asking & {*names(e)} for e in used if e is not None)
 
@@ -176,7 +184,8 @@ class Objective:
         it together with the vocabulary, it cannot come of the loss's own forward pass.
         """
         compares = self.weighs and self.baseline is not None and "credit_BT" in names(self.baseline)
-        return compares or self.critic or (self.weighs and over_vocabulary(self.loss))
+        together = any(over_vocabulary(e) and "advantage_x" in names(e) for e in self.losses)
+        return compares or "group_B" in self.needs or self.critic or together
 
     # --- what is computed of it
 
@@ -308,12 +317,13 @@ def build(
         mixture=mixture,
         formula="",
     )
-    for function in (made.advantage, made.credit, made.baseline, made.task, *made.gates):
+    of_rows = (made.advantage, made.credit, made.baseline, made.task)
+    for function in (*of_rows, *made.gates, made.importance, made.rejection):
         _check_names(function, ROWS)
-    for function in (made.loss, *made.regularizers):
+    for function in made.losses:
         _check_names(function, POSITIONS)
     said = {"advantage": advantage, "divergence": divergence, "loss": loss, "reduction": reduction}
-    return dataclasses.replace(made, formula=_formula(made, said, estimator))
+    return dataclasses.replace(made, formula=formula.of(made, said, estimator))
 
 
 def _options(function: Callable) -> set[str]:
@@ -328,23 +338,3 @@ def _check_names(function: Callable | None, known: set[str]) -> None:
             f"{name} asks for {sorted(unknown)}, which no step computes; its positional parameters "
             f"are among {sorted(known)}, and options are keyword-only"
         )
-
-
-def _formula(made: Objective, said: dict, estimator: str) -> str:
-    lam, name = made.lam, said["advantage"].split("(")[0]
-    if name != "gopd" or not made.weighs:
-        first = {
-            "grpo": "A = (reward - group mean) / group std  (GRPO)",
-            "imitation": "A = 1  (maximum likelihood)",
-        }.get(name if made.weighs else "", "")
-    elif said["divergence"] != "reverse_kl":
-        sign = "u f'(u) - f(u)" if estimator == "corrected" else "-f(u)"
-        first = f"A = {sign} of {said['divergence']}, u = T_lam / S, lambda = {lam:g}  (OPD+)"
-    elif lam == 1 and not made.tilts:
-        first = "A = log T - log S  (plain on-policy distillation)"
-    else:
-        first = f"A = {lam:g} (log T - log R) - (log S - log R)  (G-OPD, lambda = {lam:g})"
-    if not made.weighs and "divergence" in _options(made.loss):
-        first = f"D = {said['divergence']} of S and T_lam, lambda = {lam:g}"
-    last = f"loss = {said['loss']}, reduced by {said['reduction']}"
-    return f"{first};  {last}" if first else last
