@@ -22,7 +22,7 @@ TARGET = ("target_BT", "teacher_BT", "teacher_entropy_BT", "ref_BT", "local_kl_B
 
 def frozen_heads(recipe, frozen):
     """What of the frozen models makes logits, in device memory; None where none is used."""
-    if not recipe.objective.vocabulary:
+    if not recipe.vocabulary:
         return None
 
     def head(decoder, params):
@@ -72,7 +72,7 @@ def read(
     first, width = rollout.n_prompt - 1, ids_BC.shape[1]
     end = first + width
     arrays = {"hidden": hidden_BCD, "ids": ids_BC}
-    if objective.vocabulary:
+    if recipe.vocabulary:
         arrays["teacher"] = tuple(x[:, :width] for x in scores.teacher_hidden)
         if objective.reference:
             arrays["ref"] = scores.ref_hidden[:, :width]
@@ -115,7 +115,7 @@ def _head(recipe, params, heads, chunk, lam, *, grad, look):
         "eos_probability": jnp.where(is_end_V, jnp.exp(still_xV), 0.0).sum(-1),
     }
     vocabulary = {"student_xV": student_xV, "real_xV": real_xV}
-    if objective.vocabulary:
+    if recipe.vocabulary:
         teacher_xV, ref_xV = _frozen(recipe, heads, chunk, options, student_xV.shape[-1])
         lam_x = lam if jnp.ndim(lam) == 0 else lam[:, None]
         lam_xV = lam if jnp.ndim(lam) == 0 else lam[:, None, None]

@@ -61,6 +61,12 @@ class Recipe:
         return self.updates * self.microbatches
 
     @property
+    def vocabulary(self) -> bool:
+        """Whether distributions of the frozen models are needed: the closed form of V is of them."""
+        closed = self.critic is not None and self.critic.closed_form
+        return self.objective.vocabulary or closed
+
+    @property
     def prescored(self) -> bool:
         """Whether the student scores the batch before the first update of it."""
         return self.objective.prescored or self.updates * self.epochs > 1

@@ -52,7 +52,7 @@ def score(recipe: Recipe, frozen: Frozen, rollout: Rollout) -> Scores:
     Log-probs of the sampled tokens; hidden states where it needs whole distributions.
     """
     objective, found = recipe.objective, {}
-    whole, before = objective.vocabulary, None
+    whole, before = recipe.vocabulary, None
     if objective.teacher:
         width = max(decoder.cfg.hidden_size for decoder in recipe.teachers)
         answers = []
