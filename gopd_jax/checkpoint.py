@@ -129,6 +129,8 @@ def _checksums(arrays):
     """
 
     def one(x):
+        if x.dtype == bool:  # of the rollouts that wait; it has no bits to read as a word
+            x = x.astype(jnp.uint8)
         word = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
         words = jax.lax.bitcast_convert_type(x, word).astype(jnp.uint32)
         place = jnp.zeros(x.shape, jnp.uint32)

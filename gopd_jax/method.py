@@ -169,7 +169,8 @@ def _rows(c, made) -> Iterator[str]:
         )
         return
     names = {name for task in c.data.tasks for name in teachers_of(c, task)}
-    if made.vocabulary and len(names) > 1 and len(c.data.tasks) and b.updates * b.microbatches > 0:
+    whole = made.vocabulary or (made.critic and c.critic is not None and c.critic.closed_form)
+    if whole and len(names) > 1 and len(c.data.tasks) and b.updates * b.microbatches > 0:
         of_task, pieces = rows // len(c.data.tasks), b.updates * b.microbatches
         if of_task % pieces:
             yield (

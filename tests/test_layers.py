@@ -27,7 +27,10 @@ LAYERS = (
         *("main", "score", "generate", "command", "expo", "export"),
         *("report", "checklist", "account", "plots", "charts"),
     ),
-    ("microworld.make", "microworld.cells", "microworld.compare"),
+    (
+        *("microworld.make", "microworld.cells", "microworld.compare", "microworld.study"),
+        *("microworld.study_bench", "microworld.study_cells", "microworld.study_tables"),
+    ),
 )
 LAYER = {name: i for i, names in enumerate(LAYERS) for name in names}
 # The embedded world is one source of data among others: only these may know it.

@@ -27,6 +27,16 @@ ARGUMENTS = {
     "sft": [None],
     "grpo": [None, "math", "code"],
     "opsd": [None, "ema"],
+    "opd_plus": [None, "jsd", "forward_kl", "jeffreys", "hellinger", "skew_forward"],
+    "gkd": [None],
+    "minillm": [None],
+    "distillm": [None, "forward"],
+    "vopd": [None, "value"],
+    "eopd": [None],
+    "reopold": [None, "entropy"],
+    "gae_opd": [None],
+    "cr_opd": [None],
+    "kdrl": [None],
     "qwen3": [None],
 }
 EVERY = [(name, word) for name, words in ARGUMENTS.items() for word in words]
