@@ -121,11 +121,17 @@ class Objective:
     @property
     def needs(self) -> frozenset[str]:
         """Every quantity that this objective uses."""
-        used = [*self.losses, *self.gates, self.importance, self.rejection]
+        used = [*self.losses, *self.gates, self.importance, self.rejection, self.vetoes]
         if self.weighs:
             used += [self.advantage, self.credit, self.baseline, self.task]
-        found = {name for entry in used if entry is not None for name in names(entry)}
-        return frozenset(found | ({"sampler_BT"} if self.veto is not None else set()))
+        return frozenset(name for entry in used if entry is not None for name in names(entry))
+
+    @property
+    def vetoes(self) -> Callable | None:
+        """The rejection of rows that `veto` asks for."""
+        if self.veto is None:
+            return None
+        return functools.partial(REJECTIONS["veto"], floor=self.veto)
 
     @property
     def tilts(self) -> bool:
@@ -231,14 +237,18 @@ class Objective:
 
         What is gated or rejected still counts in the reduction's number of tokens.
         """
-        found = [fed(gate, quantities) for gate in self.gates]
-        found += [fed(e, quantities) for e in (self.importance, self.rejection) if e is not None]
-        if self.veto is not None:
-            found.append(fed(functools.partial(REJECTIONS["veto"], floor=self.veto), quantities))
+        entries = (*self.gates, self.importance, self.rejection, self.vetoes)
+        found = [fed(entry, quantities) for entry in entries if entry is not None]
         if not found:
             return None
         product = functools.reduce(lambda a, b: a * b, (x.astype(jnp.float32) for x in found))
         return jnp.where(quantities["mask_BT"], product, 0.0)
+
+
+def absent(key: str, text: str | None) -> bool:
+    """Whether a setting names no entry: some say so by "none", the others need one."""
+    may_be = ("baseline", "importance", "rejection", "task")
+    return text is None or (text == "none" and key in may_be)
 
 
 def over_vocabulary(function: Callable) -> bool:
@@ -279,7 +289,7 @@ def build(
     """
 
     def entry(key, text):
-        return None if text in (None, "none") else resolve(text, TABLES[key])
+        return None if absent(key, text) else resolve(text, TABLES[key])
 
     of = entry("divergence", divergence)
     rewarded = entry("advantage", advantage)
