@@ -68,8 +68,12 @@ def _unresolved(settings: dict) -> Iterator[str]:
             missing = [name for name in missing if name != "divergence"]
             if missing:
                 yield f"objective.{key} is {text!r}; give it {missing}: '{text}({missing[0]}=...)'"
-            for name, own in (("divergence", "divergence"), ("clip", "log_u_clip")):
-                if key in ("advantage", "loss", "task") and name in bound:
+            of_ratio = ("advantage", "task")  # cr_opd has a clip of another kind
+            for name, own, keys in (
+                ("divergence", "divergence", (*of_ratio, "loss")),
+                ("clip", "log_u_clip", of_ratio),
+            ):
+                if key in keys and name in bound:
                     yield f"objective.{key} is {text!r}; give {name} as objective.{own}"
     if str(settings.get("advantage", "")).startswith("gopd(lam"):
         yield "objective.advantage: gopd takes its lambda from objective.lam"
@@ -110,13 +114,13 @@ def _dry_run(made: Objective, said: dict) -> Iterator[str]:
         runs += [(key, i, functools.partial(fed, f, fed_with)) for i, f in enumerate(functions)]
     if made.veto is not None:
         runs.append(("veto", 0, functools.partial(fed, made.vetoes, whole)))
-    wrong = set()
-    for key, i, run in runs:
+    errors = [(key, i, error) for key, i, run in runs if (error := _error(run)) is not None]
+    of_divergence = [error for key, _, error in errors if key == "divergence"]
+    for key, i, error in errors:
         # A divergence of impossible options is that of the advantage and of the loss, too.
-        if (error := _error(run)) is not None and error not in wrong:
-            wrong.add(error)
+        if key == "divergence" or error not in of_divergence:
             yield f"objective.{key} is {_listed(said[key])[i]!r}: {error}"
-    if wrong:
+    if errors:
         return
     both = [("gates, importance or rejection", made.weights)]
     both += [("advantage, credit, baseline or task", made.advantages)] if made.weighs else []
