@@ -23,6 +23,8 @@ def settings(config) -> dict:
 
 def goal(config) -> objective.Objective | None:
     """The objective; None where its settings are wrong."""
+    if not _readable(config):
+        return None
     options = settings(config)
     if checks.objective_problems(options):
         return None
@@ -50,6 +52,14 @@ def _parts(text: str) -> dict[str, float]:
     return {name.strip(): float(weight) for name, weight in pairs}
 
 
+def _readable(config) -> bool:
+    """Whether teachers can be read off routes; where not, `find` says so."""
+    try:
+        return all(_parts(text) for text in config.routes.values())
+    except ValueError:
+        return False
+
+
 def roles(config) -> dict:
     """Setting -> Model, of the models that this run loads."""
     c, found = config, {"student": config.student}
@@ -57,7 +67,8 @@ def roles(config) -> dict:
     if made is not None and made.reference and c.reference is not None:
         found["reference"] = c.reference
     judged = made is not None and made.teacher
-    if judged or c.objective.source == "teacher" or c.evaluation.teachers:
+    asked = judged or c.objective.source == "teacher" or c.evaluation.teachers
+    if asked and _readable(c):
         named = dict.fromkeys(name for task in c.data.tasks for name in teachers_of(c, task))
         found |= {f"teachers.{name}": c.teachers[name] for name in named if name in c.teachers}
     return found
@@ -111,11 +122,13 @@ def _roles(c, made) -> Iterator[str]:
     """Roles that the objective lacks, and sources of completions that it cannot learn from."""
     o = c.objective
     if made.reference and math.isfinite(o.lam) and c.reference is None:
-        why = "log T - log R has no R" if made.tilts else "anchor has no R"
+        why, other = "log T - log R has no R", "lam = 1"
+        if not made.tilts:
+            why, other = "anchor has no R", "take the anchor out of objective.regularizers"
         yield (
             f"objective.lam is {o.lam} and there is no reference, so {why}; set "
             "--config.reference=build --config.reference.path=... (the student's own path, or the "
-            "teacher's base), or lam = 1"
+            f"teacher's base), or {other}"
         )
     imitates = _name(o.advantage) == "imitation" and made.weighs
     if not imitates and o.source != "student" and made.weighs:

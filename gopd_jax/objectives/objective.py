@@ -26,7 +26,7 @@ from gopd_jax.objectives.reductions import REDUCTIONS
 from gopd_jax.objectives.regularizers import REGULARIZERS
 from gopd_jax.objectives.supports import MASSES, SUPPORTS
 from gopd_jax.objectives.targets import SCHEDULES
-from gopd_jax.spec import resolve
+from gopd_jax.spec import options_of, resolve
 
 # Setting -> the table that its string chooses from; a tuple of strings in gates, regularizers.
 TABLES = {
@@ -121,11 +121,17 @@ class Objective:
     @property
     def needs(self) -> frozenset[str]:
         """Every quantity that this objective uses."""
-        used = [*self.losses, *self.gates, self.importance, self.rejection]
+        used = [*self.losses, *self.gates, self.importance, self.rejection, self.vetoes]
         if self.weighs:
             used += [self.advantage, self.credit, self.baseline, self.task]
-        found = {name for entry in used if entry is not None for name in names(entry)}
-        return frozenset(found | ({"sampler_BT"} if self.veto is not None else set()))
+        return frozenset(name for entry in used if entry is not None for name in names(entry))
+
+    @property
+    def vetoes(self) -> Callable | None:
+        """The rejection of rows that `veto` asks for."""
+        if self.veto is None:
+            return None
+        return functools.partial(REJECTIONS["veto"], floor=self.veto)
 
     @property
     def tilts(self) -> bool:
@@ -231,10 +237,8 @@ class Objective:
 
         What is gated or rejected still counts in the reduction's number of tokens.
         """
-        used = (*self.gates, *([self.importance] if self.importance is not None else []))
-        found = [fed(entry, quantities) for entry in used]
-        if (keep_BT := self.kept(quantities)) is not None:
-            found.append(keep_BT)
+        entries = (*self.gates, self.importance, self.rejection, self.vetoes)
+        found = [fed(entry, quantities) for entry in entries if entry is not None]
         if not found:
             return None
         product = functools.reduce(lambda a, b: a * b, (x.astype(jnp.float32) for x in found))
@@ -242,11 +246,14 @@ class Objective:
 
     def kept(self, quantities: dict):
         """keep_BT of the tokens that rejection and veto leave; None where there is neither."""
-        used = [self.rejection] if self.rejection is not None else []
-        if self.veto is not None:
-            used.append(functools.partial(REJECTIONS["veto"], floor=self.veto))
-        found = [fed(entry, quantities) for entry in used]
+        found = [fed(e, quantities) for e in (self.rejection, self.vetoes) if e is not None]
         return functools.reduce(jnp.logical_and, found) if found else None
+
+
+def absent(key: str, text: str | None) -> bool:
+    """Whether a setting names no entry: some say so by "none", the others need one."""
+    may_be = ("baseline", "importance", "rejection", "task")
+    return text is None or (text == "none" and key in may_be)
 
 
 def over_vocabulary(function: Callable) -> bool:
@@ -287,7 +294,7 @@ def build(
     """
 
     def entry(key, text):
-        return None if text in (None, "none") else resolve(text, TABLES[key])
+        return None if absent(key, text) else resolve(text, TABLES[key])
 
     of = entry("divergence", divergence)
     rewarded = entry("advantage", advantage)
@@ -301,7 +308,7 @@ def build(
         divergence=of,
         # Of reverse KL it is 0 everywhere.
         corrected=estimator == "corrected"
-        and "divergence" in _options(rewarded)
+        and "divergence" in options_of(rewarded)
         and of is not DIVERGENCES["reverse_kl"],
         lam=lam,
         lam_schedule=entry("lam_schedule", lam_schedule),
@@ -332,11 +339,6 @@ def build(
         _check_names(function, POSITIONS)
     said = {"advantage": advantage, "divergence": divergence, "loss": loss, "reduction": reduction}
     return dataclasses.replace(made, formula=formula.of(made, said, estimator))
-
-
-def _options(function: Callable) -> set[str]:
-    parameters = inspect.signature(function).parameters.values()
-    return {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
 def _check_names(function: Callable | None, known: set[str]) -> None:
