@@ -93,6 +93,13 @@ def find(config) -> Iterator[str]:
         )
     if made.baseline is BASELINES["value"] and "value_BT" in objective.names(made.credit):
         yield "objective.baseline = 'value' is taken off by credit = 'gae' already; use 'none'"
+    measured = objective.TARGETS & {*objective.names(made.advantage)}
+    if made.critic and c.critic is not None and c.critic.closed_form and not measured:
+        yield (
+            f"critic.closed_form = True begins V at minus a state's divergence from the target, "
+            f"and objective.advantage = {o.advantage!r} measures none; set "
+            "--config.critic.closed_form=False"
+        )
     if c.critic is not None and 0 < c.steps <= c.critic.warmup_steps:
         yield (
             f"critic.warmup_steps = {c.critic.warmup_steps} leaves no step of steps = {c.steps} to "
@@ -214,8 +221,14 @@ def unused(config) -> Iterator[str]:
     c, o, made = config, config.objective, goal(config)
     if made is None:
         return
-    if not made.teacher and o.lam != 1:
-        yield f"objective.lam = {o.lam} has no effect in objective.advantage = {o.advantage!r}"
+    plain = {"lam": 1, "lam_schedule": "constant", "task_lam": {}, "lam_by_row": False}
+    for key in (key for key, x in plain.items() if not made.teacher and getattr(o, key) != x):
+        yield (
+            f"objective.{key} = {getattr(o, key)} has no effect in "
+            f"objective.advantage = {o.advantage!r}"
+        )
+    if o.mixture != "probability" and made.mixture is None:
+        yield f"objective.mixture = {o.mixture!r} has no effect: no task has several teachers"
     if c.reference is not None and not made.reference:
         why = (
             "objective.lam = 1, where it cancels"

@@ -10,6 +10,43 @@ import pytest
 from gopd_jax.objectives import checks
 from gopd_jax.objectives.objective import TABLES, build
 
+# --- what is said of it
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({}, "A = log T - log S  (plain on-policy distillation);  loss = policy_gradient, "),
+        ({"lam": 1.25}, "A = 1.25 (log T - log R) - (log S - log R)  (G-OPD, lambda = 1.25);  "),
+        (
+            {"lam_by_row": True},
+            "A = lambda (log T - log R) - (log S - log R)  (G-OPD, lambda = the ",
+        ),
+        ({"lam": 2, "lam_schedule": "linear(steps=9)"}, "(G-OPD, lambda = 2 by linear(steps=9));"),
+        (
+            {"credit": "return_to_go", "baseline": "batch_mean"},
+            "return_to_go, less baseline batch_",
+        ),
+        (
+            {"task": "grpo", "distil_weight": 0.5},
+            "A = grpo of the reward + 0.5 A_distil, A_distil = log T - log S",
+        ),
+        (
+            {"divergence": "jsd"},
+            "A = u f'(u) - f(u) - f'(1) of jsd, u = T_lam / S, lambda = 1  (OPD",
+        ),
+        ({"divergence": "jsd", "estimator": "stop_gradient"}, "A = -f(u) of jsd, u = T_lam / S, "),
+        ({"divergence": "jsd", "loss": "exact", "lam": 2}, "D = jsd of S and T_lam, lambda = 2;  "),
+        ({"loss": "k3"}, "loss = k3, reduced by token_mean"),
+    ],
+    ids=str,
+)
+def test_the_formula_holds_every_part_of_the_objective(settings, said):
+    text = build(**settings).formula
+    assert said in text
+    assert ("A = " in text) == (settings.get("loss") is None)
+
+
 # --- what has to be computed
 
 # Settings -> what there has to be for them. prescored: the student reads the batch beforehand.
@@ -28,6 +65,20 @@ ASKED = [
     ({"lam": 1.25, "loss": "k2"}, "teacher reference"),
     ({"lam": 1.25, "loss": "k3"}, "teacher reference normalised vocabulary"),
     ({"lam": 1.25, "loss": "ratio_gated"}, "teacher reference normalised vocabulary"),
+    # The sign of A, and a cap of log T - log R, move with that constant.
+    (
+        {"lam": 1.25, "loss": "cr_opd"},
+        "weighs teacher reference normalised vocabulary prescored",
+    ),
+    (
+        {"lam": 1.25, "loss": "asymmetric"},
+        "weighs teacher reference normalised vocabulary prescored",
+    ),
+    (
+        {"lam": 1.25, "mixture": "log", "ratio_cap": 2.0},
+        "weighs teacher reference normalised vocabulary",
+    ),
+    ({"lam": 1.25, "mixture": "log"}, "weighs teacher reference"),
     ({"lam": 1.25, "gates": ("trust",)}, "weighs teacher reference normalised vocabulary"),
     ({"divergence": "jsd"}, "weighs teacher"),
     ({"gates": ("trust",)}, "weighs teacher"),

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 
+from gopd_jax.objectives.credit import CREDITS
 from gopd_jax.objectives.gates import GATES
 from gopd_jax.objectives.importance import IMPORTANCE, REJECTIONS
 from gopd_jax.objectives.objective import (
@@ -149,7 +150,8 @@ def _without_effect(made: Objective, said: dict) -> Iterator[str]:
     """Settings of a part that this loss does not have: whoever gives them expects another."""
     if not made.weighs:
         for key, neutral in (
-            *(("credit", "immediate"), ("baseline", "none"), ("estimator", "corrected")),
+            *(("advantage", "gopd"), ("credit", "immediate"), ("baseline", "none")),
+            ("estimator", "corrected"),
             *(("advantage_clip", None), ("task", None), ("distil_weight", 1.0)),
         ):
             if (value := said.get(key, neutral)) != neutral:
@@ -202,6 +204,13 @@ def _exclude(made: Objective, said: dict) -> Iterator[str]:
         yield (
             f"objective.task and objective.advantage = {said.get('advantage')!r} are both of the "
             "reward; use advantage = 'gopd', which objective.distil_weight weighs"
+        )
+    of_token = {name for name in names(made.advantage) if name.endswith("_BT")} - {"mask_BT"}
+    if made.weighs and not of_token and made.credit is not CREDITS["immediate"]:
+        yield (
+            f"objective.credit is {said['credit']!r} and sums what tokens earn, and "
+            f"objective.advantage = {said['advantage']!r} gives each of them what the whole row "
+            "earns, so it would count once for every later token; use credit = 'immediate'"
         )
     if GATES["agree"] in map(_plain, made.gates) and over_vocabulary(made.loss):
         yield "objective.gates has agree, which takes the sign of an advantage; use a sampled loss"

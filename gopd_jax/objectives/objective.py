@@ -108,8 +108,7 @@ class Objective:
 
     @property
     def losses(self) -> tuple[Callable, ...]:
-        """What is differentiated."""
-        return (self.loss, *self.regularizers)
+        return (self.loss, *self.regularizers)  # what is differentiated
 
     @property
     def weighs(self) -> bool:
@@ -129,9 +128,7 @@ class Objective:
     @property
     def vetoes(self) -> Callable | None:
         """The rejection of rows that `veto` asks for."""
-        if self.veto is None:
-            return None
-        return functools.partial(REJECTIONS["veto"], floor=self.veto)
+        return None if self.veto is None else functools.partial(REJECTIONS["veto"], floor=self.veto)
 
     @property
     def tilts(self) -> bool:
@@ -161,15 +158,17 @@ class Objective:
         """Whether the sampled tokens' target has to be normalised over the vocabulary.
 
         A constant of the state changes nothing in expectation under reverse KL, immediate or
-        summed over the sequence (it is the reward of G-OPD then), and in losses that take log T - S
-        to be linear or squared. Everyone else asks for the ratio of two distributions.
+        summed over the sequence (the reward of G-OPD), and in losses that take log T - S to be
+        linear or squared. Everyone else asks for the ratio of two distributions.
         """
         if not (self.tilts or self.mixture == "log"):
             return False
+        if self.switches or (self.mixture == "log" and self.ratio_cap is not None):
+            return self.teacher  # a cap and a sign move with that constant
         indifferent = {LOSSES["k1"], LOSSES["k2"]}
-        if self.divergence is DIVERGENCES["reverse_kl"] and self.log_u_clip is None:
-            is_gopd = getattr(self.advantage, "func", None) is ADVANTAGES["gopd"]
-            indifferent |= {self.advantage} if is_gopd else set()
+        plain = self.divergence is DIVERGENCES["reverse_kl"] and self.log_u_clip is None
+        if plain and getattr(self.advantage, "func", None) is ADVANTAGES["gopd"]:
+            indifferent |= {self.advantage}
         used = [*self.losses, *self.gates]
         used += [self.advantage, self.credit, self.baseline, self.task] if self.weighs else []
         asking = {"target_BT", "log_u_BT", "target_x"}
@@ -186,12 +185,14 @@ class Objective:
     def prescored(self) -> bool:
         """Whether the student scores the whole batch before the update.
 
-        Where a token's advantage depends on other rows or on the critic, and where the loss takes
-        it together with the vocabulary, it cannot come of the loss's own forward pass.
+        Where an advantage depends on other rows or the critic, or meets the vocabulary in a loss.
         """
         compares = self.weighs and self.baseline is not None and "credit_BT" in names(self.baseline)
-        together = any(over_vocabulary(e) and "advantage_x" in names(e) for e in self.losses)
-        return compares or "group_B" in self.needs or self.critic or together
+        return compares or "group_B" in self.needs or self.critic or self.switches
+
+    @property
+    def switches(self) -> bool:  # between vocabulary and sampled token, by the advantage's sign
+        return any(over_vocabulary(e) and "advantage_x" in names(e) for e in self.losses)
 
     # --- what is computed of it
 
@@ -289,9 +290,10 @@ def build(
 ) -> Objective:
     """Resolve the settings of config.objective. ValueError for a name or option that is not there.
 
-    lam_by_row: rows have a lambda of their own. mixture: "probability" or "log", where a task has
-    several teachers.
+    mixture: "probability" or "log", where a task has several teachers.
     """
+
+    said = dict(locals())
 
     def entry(key, text):
         return None if absent(key, text) else resolve(text, TABLES[key])
@@ -306,10 +308,9 @@ def build(
     made = Objective(
         advantage=rewarded,
         divergence=of,
-        # Of reverse KL it is 0 everywhere.
         corrected=estimator == "corrected"
         and "divergence" in options_of(rewarded)
-        and of is not DIVERGENCES["reverse_kl"],
+        and of is not DIVERGENCES["reverse_kl"],  # of which it is 0
         lam=lam,
         lam_schedule=entry("lam_schedule", lam_schedule),
         lam_by_row=lam_by_row,
@@ -337,7 +338,6 @@ def build(
         _check_names(function, ROWS)
     for function in made.losses:
         _check_names(function, POSITIONS)
-    said = {"advantage": advantage, "divergence": divergence, "loss": loss, "reduction": reduction}
     return dataclasses.replace(made, formula=formula.of(made, said, estimator))
 
 
