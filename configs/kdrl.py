@@ -8,7 +8,8 @@ its masking of the KL by the reward are not here.
     python -m gopd_jax.main --config=configs/kdrl.py
     python -m gopd_jax.main --config=configs/kdrl.py:tiny     # two steps, seconds
 
-Expected: @@.
+Expected: math 85 %, code 98 % (teachers 81, 81; base 46, 49), in 2 minutes; one run. At the
+budget of docs/RESULTS.md, 16 steps of 64 rows, 78 and 89 % over five seeds (plain OPD 82, 80).
 
 With models and problems of your own:
 

@@ -244,11 +244,15 @@ def unused(config) -> Iterator[str]:
         )
     if c.critic is not None and not made.critic:
         yield f"critic is not made: credit = {o.credit!r} and baseline = {o.baseline!r} need none"
-    if _name(o.loss) == "ppo" and c.batch.updates * c.batch.epochs == 1 and not c.sampling.lag:
-        yield (
-            "objective.loss = 'ppo' clips nothing in the first update of a batch, and there is "
-            "only one; raise batch.updates or batch.epochs"
-        )
+    # Both measure from the start of the batch, however old its rows are.
+    moves = {"objective.loss = 'ppo'": _name(o.loss) == "ppo"}
+    moves["critic.value_clip"] = made.critic and c.critic and c.critic.value_clip is not None
+    for key in (key for key, there in moves.items() if there):
+        if c.batch.updates * c.batch.epochs == 1:
+            yield (
+                f"{key} clips nothing in the first update of a batch, and there is only one; raise "
+                "batch.updates or batch.epochs"
+            )
     if c.sampling.lag and o.importance == "none" and o.rejection == "none":
         yield (
             f"sampling.lag = {c.sampling.lag} is not corrected: objective.importance and rejection "

@@ -289,6 +289,14 @@ def test_what_the_cures_lead_to_is_allowed(changes):
 NOTED = [
     ({"critic": Critic()}, "critic is not made: credit = 'immediate' and baseline = 'none'"),
     ({"objective.loss": "ppo"}, "'ppo' clips nothing .*; raise batch.updates or batch.epochs"),
+    (
+        {"objective.loss": "ppo", "sampling.lag": 2, "objective.importance": "token"},
+        "'ppo' clips nothing in the first update",
+    ),
+    (
+        {"objective.credit": "gae", "critic": Critic(value_clip=0.5)},
+        "critic.value_clip clips nothing in the first update",
+    ),
     ({"sampling.lag": 2}, "sampling.lag = 2 is not corrected"),
     ({"objective.mixture": "log"}, "mixture = 'log' has no effect: no task has several teachers"),
     *(
