@@ -159,7 +159,7 @@ def test_identity_is_every_setting_that_changes_a_number():
     }
     left_out |= {"teachers.math.path", "teachers.code.path"}
     keys = {key for key, _, _ in problems.leaves(run())}
-    left_out |= {key for key in keys if key.startswith(("mesh.", "checkpoints."))}
+    left_out |= {key for key in keys if key.startswith(("mesh.", "checkpoints.", "diagnostics."))}
     passing = (".placement", *settings.PARTS_MAY_CHANGE, *settings.LATER)
     left_out |= {key for key in keys if key.endswith(passing)}
     left_out.remove("data.prompt_length")  # never off

@@ -12,9 +12,10 @@ from gopd_jax.objectives.credit import CREDITS
 from gopd_jax.objectives.diagnostics import diagnostics
 from gopd_jax.objectives.gates import GATES
 from gopd_jax.objectives.importance import IMPORTANCE, REJECTIONS
+from gopd_jax.objectives.objective import build
 from gopd_jax.objectives.reductions import REDUCTIONS
 from gopd_jax.spec import resolve
-from gopd_jax.types import Rollout, Scores
+from gopd_jax.types import Rollout
 
 RAGGED_BT = np.arange(5) < np.array([5, 0, 1, 3])[:, None]
 N_ROWS, N_POSITIONS = RAGGED_BT.shape
@@ -50,6 +51,7 @@ def of_rows(mask_BT, *, scale=1.0):
         "group_B": jnp.arange(n_rows) // 2 * 2 % n_rows,
         "ended_B": jnp.arange(n_rows) % 2 == 0,
         "reward_B": jnp.cos(jnp.arange(n_rows) * 2.0),
+        "relative_reward_B": jnp.sin(jnp.arange(n_rows) * 3.0),
         "bootstrap_B": scale * jnp.sin(jnp.arange(n_rows) + 1.0),
         "step": jnp.int32(3),
     }
@@ -59,7 +61,11 @@ def spoilt(quantities, junk):
     """Junk wherever the contract says that values are arbitrary."""
     mask_BT = quantities["mask_BT"]
     there_B = mask_BT.any(1)
-    used_B = {"bootstrap_B": there_B & ~quantities["ended_B"], "reward_B": there_B}
+    used_B = {
+        "bootstrap_B": there_B & ~quantities["ended_B"],
+        "reward_B": there_B,
+        "relative_reward_B": there_B,
+    }
     found = dict(quantities)
     for name, x in quantities.items():
         if name == "mask_BT" or name in ("group_B", "ended_B", "step"):
@@ -209,11 +215,10 @@ def test_means_weigh_one_in_all():
 # --- diagnostics
 
 
-def test_diagnostics_are_numpys_means_over_the_mask():
-    mask_BT = RAGGED_BT
-    names = ("student_BT", "teacher_BT", "ref_BT")
-    scores = Scores(**{name: noise(i, mask_BT.shape) for i, name in enumerate(names)})
-    task_B = np.array([0, 2, 2, 0])
+def seen_of_a_step(**settings):
+    """(diagnostics of a batch of noise, that batch as NumPy's, the mask, task_B)."""
+    mask_BT, task_B = RAGGED_BT, np.array([0, 2, 2, 0])
+    quantities = of_rows(mask_BT) | {"eos_probability_BT": jnp.exp(noise(9, mask_BT.shape))}
     rollout = Rollout(
         tokens_BL=None,
         valid_BL=None,
@@ -224,31 +229,70 @@ def test_diagnostics_are_numpys_means_over_the_mask():
         task_B=jnp.array(task_B),
         n_prompt=1,
     )
-    entropy_BT, advantage_BT = noise(7, mask_BT.shape), jax.random.normal(jax.random.key(8), (4, 5))
-    found = diagnostics(rollout, scores, entropy_BT, advantage_BT, n_tasks=3)
-    got = {
-        k: np.asarray(m.total) / np.asarray(m.count) for k, m in found.items() if "task" not in k
-    }
-    a = np.asarray(advantage_BT)[mask_BT]
-    gap_BT = np.asarray(scores.student_BT - scores.teacher_BT)
+    found = diagnostics(
+        rollout, quantities, objective=build(**settings), n_tasks=3, lam=settings.get("lam", 1.0)
+    )
+    return found, {k: np.asarray(x) for k, x in quantities.items()}, mask_BT, task_B
+
+
+def means(found):
+    return {k: np.asarray(m.total) / np.asarray(m.count) for k, m in found.items()}
+
+
+def test_diagnostics_are_numpys_means_over_the_mask():
+    found, q, mask_BT, task_B = seen_of_a_step(
+        lam=1.25, ratio_cap=1.0, log_u_clip=0.8, advantage_clip=1.5
+    )
+    by_task = found.pop("kl_teacher_task")
+    got, on = means(found), {k: x[mask_BT] for k, x in q.items() if k.endswith("_BT")}
+    a, gap = on["advantage_BT"], on["student_BT"] - on["teacher_BT"]
+    ratio = np.abs(on["teacher_BT"] - on["ref_BT"])
+    w = np.exp(on["student_BT"] - on["sampler_BT"])
+    touched = (np.abs(on["log_u_BT"]) > 0.8) | (ratio > 1.0) | (np.abs(a) >= 1.5)
     want = {
         "advantage_mean": a.mean(),
         "advantage_negative": (a < 0).mean(),
         "advantage_absmax": np.abs(a).max(),
-        "entropy": np.asarray(entropy_BT)[mask_BT].mean(),
+        "advantage_snr": np.abs(a.mean()) / a.std(),
+        "advantage_clipped": touched.mean(),
+        "entropy": on["entropy_BT"].mean(),
+        "eos_probability": on["eos_probability_BT"].mean(),
         "length": 9 / 4,
         "length_p95": np.quantile([5, 0, 1, 3], 0.95),
         "truncated": 0.5,
         "tokens": 9,
-        "kl_teacher": gap_BT[mask_BT].mean(),
-        "kl_ref": np.asarray(scores.student_BT - scores.ref_BT)[mask_BT].mean(),
+        "kl_teacher": gap.mean(),
+        "kl_ref": (on["student_BT"] - on["ref_BT"]).mean(),
+        "extrapolation_p99": np.quantile(ratio, 0.99),
+        "lam": 1.25,
+        "log_ess": np.log(w.sum() ** 2 / (len(w) * (w**2).sum())),
+        "sampler_kl": -np.log(w).mean(),
+        "sampler_k3": (w - 1 - np.log(w)).mean(),
+        "sampler_chi2": ((w - 1) ** 2).mean(),
     }
+    for name in ("p01", "p10", "p50", "p90", "p99"):
+        share = int(name[1:]) / 100
+        want[f"token_reward_{name}"] = np.quantile(on["token_reward_BT"], share)
     assert got.keys() == want.keys()
     for key, value in want.items():
         np.testing.assert_allclose(got[key], value, rtol=1e-5, err_msg=key)
-    by_task = found["kl_teacher_task"]
     np.testing.assert_array_equal(by_task.count, [8, 0, 1])
-    sums = [gap_BT[task_B == i][mask_BT[task_B == i]].sum() for i in range(3)]
+    gap_BT = np.where(mask_BT, q["student_BT"] - q["teacher_BT"], 0.0)
+    sums = [gap_BT[task_B == i].sum() for i in range(3)]
     np.testing.assert_allclose(by_task.total, sums, rtol=1e-5)
-    without = diagnostics(rollout, Scores(), entropy_BT, advantage_BT, n_tasks=3)
-    assert not {"kl_teacher", "kl_teacher_task", "kl_ref"} & without.keys()
+
+
+def test_what_a_cap_reaches_and_what_is_rejected_are_shares_of_tokens():
+    # A gate's zeros are no rejections, and a row's weight is capped as one.
+    found, q, mask_BT, _ = seen_of_a_step(
+        importance="sequence(cap=1.5)", rejection="token(cap=2.0)", veto=-3.0, gates=("first(n=1)",)
+    )
+    log_w_BT = np.where(mask_BT, q["student_BT"] - q["sampler_BT"], 0.0)
+    keep_BT = (np.abs(log_w_BT) <= np.log(2.0)) & (log_w_BT >= -3.0).all(1, keepdims=True)
+    capped_B1 = log_w_BT.sum(1, keepdims=True) >= np.log(1.5)
+    got, shape = means(found), mask_BT.shape
+    assert 0 < got["rejected"] < 1
+    assert 0 < got["importance_capped"] < 1
+    np.testing.assert_allclose(got["rejected"], (~keep_BT)[mask_BT].mean(), rtol=1e-6)
+    capped = np.broadcast_to(capped_B1, shape)[mask_BT].mean()
+    np.testing.assert_allclose(got["importance_capped"], capped, rtol=1e-6)

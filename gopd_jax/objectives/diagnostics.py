@@ -1,9 +1,12 @@
 """What a step reports, as exact sums over the whole batch."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 
 from gopd_jax.objectives.importance import statistics
+from gopd_jax.objectives.objective import fed
 from gopd_jax.types import Mean
 
 QUANTILES = {"p01": 0.01, "p10": 0.1, "p50": 0.5, "p90": 0.9, "p99": 0.99}
@@ -95,11 +98,13 @@ def _clipped(q, objective):
 
 
 def _off_policy(q, mask_BT, objective) -> dict[str, Mean]:
+    """Shares of the tokens whose importance weight is at its cap, and that are rejected."""
     found = {}
-    log_w_BT = q["student_BT"] - q["sampler_BT"]
     if objective.importance is not None:
-        from_cap = getattr(objective.importance, "keywords", {}).get("cap", 5.0)
-        found["importance_capped"] = Mean.of(log_w_BT > jnp.log(from_cap), mask_BT)
-    if objective.rejection is not None or objective.veto is not None:
-        found["rejected"] = Mean.of(q["weight_BT"] == 0, mask_BT)
+        options = inspect.signature(objective.importance).parameters
+        if "cap" in options:
+            at_cap_BT = fed(objective.importance, q) >= options["cap"].default
+            found["importance_capped"] = Mean.of(at_cap_BT, mask_BT)
+    if (keep_BT := objective.kept(q)) is not None:
+        found["rejected"] = Mean.of(~keep_BT, mask_BT)
     return found

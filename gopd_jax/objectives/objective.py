@@ -231,14 +231,22 @@ class Objective:
 
         What is gated or rejected still counts in the reduction's number of tokens.
         """
-        found = [fed(gate, quantities) for gate in self.gates]
-        found += [fed(e, quantities) for e in (self.importance, self.rejection) if e is not None]
-        if self.veto is not None:
-            found.append(fed(functools.partial(REJECTIONS["veto"], floor=self.veto), quantities))
+        used = (*self.gates, *([self.importance] if self.importance is not None else []))
+        found = [fed(entry, quantities) for entry in used]
+        if (keep_BT := self.kept(quantities)) is not None:
+            found.append(keep_BT)
         if not found:
             return None
         product = functools.reduce(lambda a, b: a * b, (x.astype(jnp.float32) for x in found))
         return jnp.where(quantities["mask_BT"], product, 0.0)
+
+    def kept(self, quantities: dict):
+        """keep_BT of the tokens that rejection and veto leave; None where there is neither."""
+        used = [self.rejection] if self.rejection is not None else []
+        if self.veto is not None:
+            used.append(functools.partial(REJECTIONS["veto"], floor=self.veto))
+        found = [fed(entry, quantities) for entry in used]
+        return functools.reduce(jnp.logical_and, found) if found else None
 
 
 def over_vocabulary(function: Callable) -> bool:
