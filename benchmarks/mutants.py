@@ -29,7 +29,8 @@ from benchmarks.mutants_list import MUTANTS, Mutant
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs/mutants.md"
 COPIED = ("benchmarks", "configs", "docs", "gopd_jax", "tests", "pyproject.toml")
-LIMIT = 600.0  # seconds for the tests of one mutant: a slip may make a loop endless
+# Seconds for the tests of one mutant (a slip may make a loop endless) and for all of them before.
+LIMIT, LIMIT_OF_ALL = 600.0, 3600.0
 # Imported once and inherited by the process of each mutant: nothing of ours, and no backend yet.
 SHARED = (
     *("jax.numpy", "flax.struct", "optax", "orbax.checkpoint", "ml_collections", "tokenizers"),
@@ -107,7 +108,7 @@ def applied(mutant: Mutant, tree: Path):
         stale.unlink(missing_ok=True)
 
 
-def tested(tree: Path, targets: tuple[str, ...]):
+def outcome(tree: Path, targets: tuple[str, ...], limit: float = LIMIT):
     """(pytest's exit code or None if it took too long, what failed first) of targets in the copy.
 
     A process of its own, which starts as a copy of one that has imported the libraries.
@@ -120,7 +121,7 @@ def tested(tree: Path, targets: tuple[str, ...]):
     sender.close()
     found = None, None
     with contextlib.suppress(EOFError):  # a process that died has said nothing
-        if receiver.poll(LIMIT):
+        if receiver.poll(limit):
             found = receiver.recv()
     process.kill()
     process.join()
@@ -144,7 +145,7 @@ def _pytest(tree: Path, targets, sender) -> None:
 def verdict(mutant: Mutant, tree: Path) -> Verdict:
     """Of one mutant, applied to the copy."""
     with applied(mutant, tree):
-        code, first = tested(tree, mutant.targets)
+        code, first = outcome(tree, mutant.targets)
     if code == 0:
         return Verdict("survived")
     if code is None:
@@ -169,7 +170,7 @@ def chosen(only: str | None, file: str | None) -> list[Mutant]:
     """Those asked for. ValueError where that is nothing."""
     wanted = only.split(",") if only else None
     if unknown := set(wanted or ()) - {m.name for m in MUTANTS}:
-        raise ValueError(f"no mutant is called {sorted(unknown)}; benchmarks/mutants_list.py has")
+        raise ValueError(f"no mutant is called {sorted(unknown)}; see benchmarks/mutants_list.py")
     found = [m for m in MUTANTS if not wanted or m.name in wanted]
     found = [m for m in found if not file or file in m.file]
     if not found:
@@ -195,19 +196,20 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as root, Progress(*columns, console=screen) as bar:
         copy(tree := Path(root) / "tree")
         task = bar.add_task("", total=len(mutants), at="the tests without any mutant")
-        code, first = tested(tree, targets)
+        code, _ = outcome(tree, targets, LIMIT_OF_ALL)
         if code != 0:
             said = (tree / "log").read_text() if (tree / "log").exists() else ""
-            screen.print(said[-4000:], markup=False, highlight=False)
+            screen.print(said[-4000:], markup=False, highlight=False, soft_wrap=True)
             screen.print("the tests fail without a mutant; mend them first", markup=False)
             return 2
         for mutant in mutants:
             bar.update(task, at=mutant.name)
             rows.append((mutant, verdict(mutant, tree)))
             found = rows[-1][1]
-            if found.word != "killed":
+            # A log has no bar: there each verdict is a line as it comes.
+            if found.word != "killed" or not screen.is_terminal:
                 line = f"{found.word}: {mutant.name} ({mutant.file}) {found.by} {found.why}"
-                screen.print(line, markup=False, highlight=False)
+                screen.print(line, markup=False, highlight=False, soft_wrap=True)
             bar.advance(task)
         bar.update(task, at="")
     for mutant, found in rows:

@@ -1037,10 +1037,18 @@ MUTANTS = (
             "test_step_targets.py::test_a_mixture_of_sampled_tokens_is_that_of_their_probabilities",
         ),
         (
-            "capped-share-of-the-wrong-side",
-            "tokens below the cap are reported as capped",
-            "Mean.of(log_w_BT > jnp.log(from_cap), mask_BT)",
-            "Mean.of(log_w_BT < jnp.log(from_cap), mask_BT)",
+            "nothing-is-at-its-cap",
+            "> for >=: no weight is above what bounds it",
+            'fed(objective.importance, q) >= options["cap"].default',
+            'fed(objective.importance, q) > options["cap"].default',
+            "test_step_off_policy.py::test_importance_and_rejection_weigh_the_tokens"
+            "_that_others_wrote",
+        ),
+        (
+            "kept-for-rejected",
+            "the share that is left is reported as the share that is not",
+            "Mean.of(~keep_BT, mask_BT)",
+            "Mean.of(keep_BT, mask_BT)",
             "test_step_off_policy.py::test_importance_and_rejection_weigh_the_tokens"
             "_that_others_wrote",
         ),

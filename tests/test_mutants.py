@@ -76,7 +76,7 @@ def test_a_verdict_is_of_what_failed(tmp_path):
     code = "def check(x):\n    raise ValueError(x)\n\n\ndef double(x):\n    return 2 * x\n"
     (tree / "gopd_jax/code.py").write_text(code)
     (tree / "tests/test_code.py").write_text(TESTS)
-    assert mutants.tested(tree, ("tests/test_code.py",)) == (0, None)
+    assert mutants.outcome(tree, ("tests/test_code.py",)) == (0, None)
     test = "tests/test_code.py::test_double"
     for new, word, by in (
         ("3 * x", "killed", test),
