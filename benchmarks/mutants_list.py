@@ -970,7 +970,7 @@ MUTANTS = (
             "lambda-of-the-row-forgotten",
             "all rows have the run's lambda",
             "self.lam if lam_B is None else lam_B",
-            "self.lam",
+            "self.lam if lam_B is None else self.lam + 0 * lam_B",
             "test_step_targets.py::test_rows_have_a_lambda_of_their_own[policy_gradient]",
         ),
         (

@@ -128,9 +128,11 @@ def test_what_is_no_negative_is_never_routed(advantage):
 
 
 def test_the_logit_direction_moves_the_samples_probability_to_the_route():
-    _, rho_V = routed()
-    close(direction(), 2 * (rho_V - one_hot(SAMPLED)))
     close(direction().sum(), 0)
+    # At powers and temperature 1 S cancels out of the route: no gradient could flow through it.
+    for powers in ({}, {"student_power": 2.0, "temperature": 3.0}):
+        _, rho_V = routed(**powers)
+        close(direction(**powers), 2 * (rho_V - one_hot(SAMPLED)))
 
 
 def test_the_loss_is_the_difference_of_two_log_probs():
