@@ -68,7 +68,8 @@ def test_double():
 """
 
 
-def test_a_verdict_is_of_what_failed(tmp_path):
+def test_a_verdict_is_of_what_failed(tmp_path, monkeypatch):
+    monkeypatch.setattr(mutants, "SHARED", ())  # this code imports none of them
     tree = tmp_path / "tree"
     for name in ("gopd_jax", "tests"):
         (tree / name).mkdir(parents=True)
@@ -83,7 +84,7 @@ def test_a_verdict_is_of_what_failed(tmp_path):
         ("check(x)", "killed", test),  # by a ValueError of the code
         ("x + x", "survived", ""),
         ("y", "broken", test),  # a NameError says nothing of the test
-        ("raise ValueError", "broken", "tests/test_code.py"),  # it does not import
+        ("raise ValueError", "broken", ""),  # it does not import
     ):
         slip = Mutant(
             name="slip",
