@@ -6,6 +6,7 @@ probability, to be held against autodiff of the divergence itself. Gradients are
 logits and point uphill, so that a loss or a divergence falls along them.
 """
 
+import functools
 import itertools
 
 import jax
@@ -87,11 +88,14 @@ def expected(loss_of, prob_B=PROB_B):
     return -jax.jit(jax.grad(loss))(STUDENT)
 
 
+# One program for every advantage, and one a divergence for every target: compiling is what costs.
+@jax.jit
 def ascent(advantage_BT, prob_B=PROB_B):
     """The expected score-function gradient, sum over completions of p A grad log S."""
     return expected(lambda logp_BT: -advantage_BT * logp_BT, prob_B)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def frozen(divergence, target_SV, reached_S=REACHED_S):
     """Minus the gradient of sum_s reached(s) D(S || T)(s), the visits held fixed."""
     return _falling(
@@ -99,6 +103,7 @@ def frozen(divergence, target_SV, reached_S=REACHED_S):
     )
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def visited(divergence, target_SV):
     """Minus the gradient of the same sum, the visits differentiated: E[sum_t f(u_t)] exactly."""
     return _falling(
@@ -108,6 +113,7 @@ def visited(divergence, target_SV):
     )
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def whole(divergence, target_SV):
     """Minus the gradient of the divergence between the distributions of whole completions."""
     log_t_B = jnp.where(MASK_BT, logp_of(target_SV), 0.0).sum(1)

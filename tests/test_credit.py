@@ -113,7 +113,7 @@ def test_means_over_other_rows_change_no_expected_gradient(name):
     def one(pair_2):
         return BASELINES[name](credit_BT[pair_2], MASK_BT[pair_2], *more)
 
-    baseline_N2T = jax.vmap(one)(pairs_N2)
+    baseline_N2T = jax.jit(jax.vmap(one))(pairs_N2)
     both_N = toy.PROB_B[pairs_N2].prod(1)
     mean_BT = ZERO_BT.at[pairs_N2[:, 0]].add(both_N[:, None] * baseline_N2T[:, 0])
     # mean_BT holds each completion's probability already.
@@ -236,8 +236,9 @@ def test_long_rows_lose_no_digits():
     reward_BT = np.random.default_rng(2).normal(-0.3, 1, (2, 4096)).astype(np.float32)
     mask_BT = jnp.ones(reward_BT.shape, bool)
     want_BT = np.cumsum(reward_BT[:, ::-1].astype(np.float64), 1)[:, ::-1]
-    np.testing.assert_allclose(return_to_go(reward_BT, mask_BT), want_BT, rtol=1e-5, atol=1e-3)
-    np.testing.assert_allclose(k_step(reward_BT, mask_BT, k=4096), want_BT, rtol=1e-5, atol=1e-3)
+    for credit in (return_to_go, functools.partial(k_step, k=4096)):
+        got_BT = jax.jit(credit)(reward_BT, mask_BT)
+        np.testing.assert_allclose(got_BT, want_BT, rtol=1e-5, atol=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def test_the_logit_gradient_is_the_centred_corrected_advantage(divergence):
     def loss(logits_XV):
         return exact(jax.nn.log_softmax(logits_XV), T_XV, REAL_XV, divergence=divergence).sum()
 
-    got_XV = jax.grad(loss)(S_XV)
+    got_XV = jax.jit(jax.grad(loss))(S_XV)
     w_XV, s_XV = corrected(divergence, T_XV - S_XV), jnp.exp(S_XV)
     want_XV = -s_XV * (w_XV - (s_XV * w_XV).sum(-1, keepdims=True))
     np.testing.assert_allclose(got_XV, want_XV, rtol=2e-5, atol=2e-6)
@@ -57,8 +57,9 @@ def test_the_gradient_is_that_of_finite_differences_in_float64(divergence):
         def loss(logits_V):
             return exact(jax.nn.log_softmax(logits_V), target_V, real_V, divergence=divergence)
 
-        ups, downs = (jax.vmap(loss)(logits_V + h * jnp.eye(N_VOCAB)) for h in (1e-6, -1e-6))
-        want_V, got_V = (ups - downs) / 2e-6, jax.grad(loss)(logits_V)
+        many = jax.jit(jax.vmap(loss))
+        ups, downs = (many(logits_V + h * jnp.eye(N_VOCAB)) for h in (1e-6, -1e-6))
+        want_V, got_V = (ups - downs) / 2e-6, jax.jit(jax.grad(loss))(logits_V)
         np.testing.assert_allclose(got_V, want_V, rtol=1e-6, atol=1e-8)
 
 

@@ -1,6 +1,7 @@
 """Vocabulary diagnostics against NumPy in float64."""
 
 import collections
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +49,9 @@ def kl(p, q):
 
 def everything(**changes):
     options = {"teacher_xV": TEACHER_XV, "ref_xV": REF_XV, "k": 4} | changes
-    return inspect(S_XV, T_XV, REAL_V, IDS_X, ADVANTAGE_X, **options)
+    static = {name: options.pop(name) for name in ("k", "routing") if name in options}
+    of = jax.jit(functools.partial(inspect, **static))
+    return of(S_XV, T_XV, REAL_V, IDS_X, ADVANTAGE_X, **options)
 
 
 def test_divergences_and_entropies_are_numpys():
@@ -64,7 +67,8 @@ def test_divergences_and_entropies_are_numpys():
 @pytest.mark.parametrize("k", [1, 4, N_REAL, N_VOCAB, 100])
 def test_overlap_and_tail_are_numpys(k):
     s, t = probabilities(S_XV, T_XV)
-    got = *overlap(S_XV, T_XV, REAL_V, k=k), tail_mass(S_XV, T_XV, REAL_V, k=k)
+    shared, tail = (jax.jit(functools.partial(f, k=k)) for f in (overlap, tail_mass))
+    got = *shared(S_XV, T_XV, REAL_V), tail(S_XV, T_XV, REAL_V)
     for at in np.ndindex(*SHAPE):
         top_s, top_t = (set(np.argsort(-p[at])[:k].tolist()) for p in (s, t))
         both = sorted(top_s & top_t)
@@ -134,10 +138,11 @@ def test_cosine_is_numpys_over_all_leaves():
     b = {"w": jax.random.normal(keys[2], (3, 4)), "b": jax.random.normal(keys[3], (2,))}
     x, y = (np.concatenate([np.ravel(g["w"]), g["b"]]).astype(np.float64) for g in (a, b))
     want = x @ y / np.sqrt((x @ x) * (y @ y))
-    close(cosine(a, b), want)
+    compiled = jax.jit(cosine)
+    close(compiled(a, b), want)
     for scale in (1e-25, -1e25):  # whose squares float32 does not hold
-        close(cosine(a, jax.tree.map(lambda g: g * scale, b)), np.sign(scale) * want)  # noqa: B023
-    assert np.isnan(cosine(a, jax.tree.map(jnp.zeros_like, b)))
+        close(compiled(a, jax.tree.map(lambda g: g * scale, b)), np.sign(scale) * want)  # noqa: B023
+    assert np.isnan(compiled(a, jax.tree.map(jnp.zeros_like, b)))
 
 
 # --- repetition
@@ -166,7 +171,8 @@ def test_repetition_is_the_share_of_ngrams_seen_before(n):
     assert want_B[0] == (40 - n) / (41 - n)
     got_B = jax.jit(repetition, static_argnames="n")(ids_BT, mask_BT, n=n)
     close(got_B, want_B)
-    close(repetition(np.where(mask_BT, ids_BT, draw.integers(0, 9, (6, 40))), mask_BT, n=n), want_B)
+    other_BT = np.where(mask_BT, ids_BT, draw.integers(0, 9, (6, 40)))
+    close(jax.jit(repetition, static_argnames="n")(other_BT, mask_BT, n=n), want_B)
 
 
 def test_rows_shorter_than_an_ngram_repeat_nothing():
@@ -191,7 +197,8 @@ def test_auroc_counts_the_pairs_in_order_and_half_of_the_ties(scores):
             score_B[draw.random(n) < 0.3] = -np.inf
         score_B = score_B.astype(np.float32)
         t, f = score_B[label_B][:, None], score_B[~label_B][None]
-        close(auroc(jnp.array(score_B), jnp.array(label_B)), ((t > f) + 0.5 * (t == f)).mean())
+        got = jax.jit(auroc)(jnp.array(score_B), jnp.array(label_B))
+        close(got, ((t > f) + 0.5 * (t == f)).mean())
 
 
 @pytest.mark.parametrize("label", [True, False])

@@ -74,6 +74,11 @@ def test_k_estimators_are_numpys():
     close(extreme, [[-20, 20], [200, 200], [np.exp(20) - 21, 19]], 1e-3, 1e-6)
 
 
+def test_no_gradient_reaches_the_target_of_a_k_estimator():
+    for loss in (k1, k2, k3):
+        assert not np.asarray(jax.grad(lambda t, of=loss: of(STUDENT_BT, t).sum())(TARGET_BT)).any()
+
+
 # --- ppo
 
 
@@ -194,6 +199,12 @@ PAIR = jnp.float32(LOG_W_BT - 2), jnp.full((3, 3), -2.0), jnp.array(PART_BT)
 def test_importance_weights_by_hand(name, options, want_BT):
     args = PAIR[2:] if name == "none" else PAIR
     close(IMPORTANCE[name](*args, **options), want_BT, 1e-5)
+
+
+@pytest.mark.parametrize("name", ["token", "sequence"])
+def test_no_gradient_flows_through_importance(name):
+    grads = jax.grad(lambda s, q: IMPORTANCE[name](s, q, PAIR[2], cap=INF).sum(), (0, 1))(*PAIR[:2])
+    assert not np.asarray(grads).any()
 
 
 @pytest.mark.parametrize(

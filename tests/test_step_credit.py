@@ -249,6 +249,14 @@ def test_an_untrained_value_without_the_closed_form_is_the_return_to_go():
     is_ascent_along(discounted(log_u(), 1.0), got)
 
 
+def test_no_gradient_of_the_value_reaches_the_hidden_state():
+    hidden_xD = jax.random.normal(jax.random.key(0), (3, 5))
+    head = {"first": jnp.ones((5, 2)), "bias": jnp.zeros(2), "last": jnp.ones(2)}
+    of_head, of_hidden = jax.grad(lambda *args: value(*args).sum(), (0, 1))(head, hidden_xD)
+    assert not np.asarray(of_hidden).any()
+    assert all(np.asarray(grad).any() for grad in of_head.values())
+
+
 def test_a_clipped_value_is_charged_for_having_moved():
     from gopd_jax.critic import loss
 
