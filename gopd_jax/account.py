@@ -12,13 +12,23 @@ import statistics
 from functools import partial
 
 from gopd_jax import evidence
+from gopd_jax.objectives.objective import EARNED, TABLES, names
 from gopd_jax.plots import Run
 
 DIRECTIONS = {
     "reverse_kl": "reverse KL, KL(student ‖ target)",
     "forward_kl": "forward KL, KL(target ‖ student)",
 }
-# Losses that differentiate a divergence at each state; any other learns from the sampled token.
+# Losses with a measure of their own; in any other it is the advantage's or `exact`'s.
+OF_LOSS = {
+    "entropy_gated": "reverse KL, KL(student ‖ target), and forward KL, KL(target ‖ student), "
+    "besides where the target is uncertain",
+    "ratio_gated": "forward KL, KL(target ‖ student), and reverse KL, KL(student ‖ target), in "
+    "shares that the sampled token's log-ratio sets",
+    "k1": "none: its expected gradient is zero",
+    "k3": DIRECTIONS["forward_kl"],
+}
+# Losses over more of a state than the sampled token.
 DISTRIBUTIONS = ("exact", "entropy_gated", "ratio_gated", "cr_opd", "asymmetric")
 # What the expected gradient is of a log-ratio's estimate that is taken as a loss.
 LOG_RATIOS = {
@@ -174,13 +184,13 @@ def loss_of(run: Run) -> str:
 
 
 def divergence(run: Run) -> str | None:
-    """The divergence of the advantage, or that of a loss which names its own."""
+    """The divergence of the advantage, or that of a loss which has its own."""
     if not gopd(run):
         return None
+    if (told := OF_LOSS.get(entry_name(loss_of(run)))) is not None:
+        return told
     text = get(run, "objective.divergence", "reverse_kl")
-    told = DIRECTIONS.get(text, f"D_f = E_student[f(target / student)], f of {text}")
-    own = entry_name(loss_of(run)) in DISTRIBUTIONS and "divergence" in loss_of(run)
-    return f"{told}; the loss names its own: {loss_of(run)}" if own else told
+    return DIRECTIONS.get(text, f"D_f = E_student[f(target / student)], f of {text}")
 
 
 def target(run: Run) -> str | None:
@@ -190,7 +200,9 @@ def target(run: Run) -> str | None:
     told = f"lambda = {lam:g}, {schedule}"
     tasks = get(run, "objective.task_lam", {})
     told += "".join(f", for {task} {value:g}" for task, value in tasks.items())
-    plain = lam == 1 and schedule == "constant" and not tasks
+    if by_row := get(run, "objective.lam_by_row", False):
+        told += ", for rows that name their own that one"
+    plain = lam == 1 and schedule == "constant" and not tasks and not by_row
     return f"{told}: " + (
         "the teacher itself"
         if plain
@@ -199,7 +211,18 @@ def target(run: Run) -> str | None:
 
 
 def estimator(run: Run) -> str:
-    if entry_name(loss_of(run)) in DISTRIBUTIONS:
+    loss = entry_name(loss_of(run))
+    if loss == "cr_opd":
+        return (
+            f"{loss_of(run)}: policy gradient; a negative's probability is routed to other ids, "
+            "which is biased by design. No gradient through advantage and route"
+        )
+    if loss == "asymmetric":
+        return (
+            f"{loss_of(run)}: policy gradient of the sampled token where the advantage is above 0, "
+            "the divergence's value at the state, through the student's log-probs, elsewhere"
+        )
+    if loss in DISTRIBUTIONS:
         return f"{loss_of(run)}: its value at each visited state, through the student's log-probs"
     if loss_of(run) in LOG_RATIOS:
         return f"{loss_of(run)} of the sampled token's log-ratio: {LOG_RATIOS[loss_of(run)]}"
@@ -231,7 +254,17 @@ def support(run: Run) -> str | None:
     return f"{support}; mass outside: {get(run, 'objective.mass', 'rest')}"
 
 
-def credit(run: Run) -> str:
+def weighs(run: Run) -> bool:
+    """Whether anything asks for the advantage of a sampled token."""
+    loss = TABLES["loss"].get(entry_name(loss_of(run)))
+    gates = (TABLES["gates"].get(entry_name(gate)) for gate in get(run, "objective.gates", ()))
+    asked = any(gate is not None and EARNED & {*names(gate)} for gate in gates)
+    return asked or loss is None or "advantage_x" in names(loss)
+
+
+def credit(run: Run) -> str | None:
+    if not weighs(run):
+        return None
     credit = get(run, "objective.credit", "immediate")
     told = {
         "immediate": "immediate: gamma = 0, a token earns its own reward and none of later ones",
@@ -241,7 +274,9 @@ def credit(run: Run) -> str:
     return told.get(credit, credit)
 
 
-def baseline(run: Run) -> str:
+def baseline(run: Run) -> str | None:
+    if not weighs(run):
+        return None
     if entry_name(get(run, "objective.advantage", "gopd")) == "grpo":
         return "the mean reward of the prompt's rollouts, over their standard deviation"
     return off(run, "objective.baseline")

@@ -103,7 +103,7 @@ def clipped(rows, config, *, share=0.1, n=10):
 
 
 # Two standard errors: below them a step's tokens do not tell the sign of the mean advantage. With a
-# baseline that mean is about 0 by design, and only the cosine to the exact gradient tells.
+# baseline that mean is about 0 by design, and only the cosine to distillation's exact one tells.
 def variance(rows, config, *, errors=2.0, cosine=0.1, n=20, n_probes=2):
     """The sampled gradient is mostly noise."""
     snr, tokens = last(rows, "advantage_snr", n), last(rows, "tokens", n)
@@ -114,7 +114,7 @@ def variance(rows, config, *, errors=2.0, cosine=0.1, n=20, n_probes=2):
             f"|mean| / std of the advantage is {snr:.2g}, {snr * math.sqrt(tokens):.1f} standard "
             f"errors with {tokens:.0f} tokens a step"
         )
-    if angle is not None and angle < cosine:
+    if angle is not None and angle < cosine and not setting(config, "objective.task"):
         told.append(f"the sampled gradient has cosine {angle:.2g} to the exact one")
     if not told or "exact" in setting(config, "objective.loss", ""):
         return None

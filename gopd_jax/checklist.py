@@ -90,8 +90,10 @@ def _optimizer(run: Run) -> str:
 def _forwards(run: Run) -> str | None:
     if not account.gopd(run):
         return None
+    mixed = any("," in str(text) for text in get(run, "routes", {}).values())
+    whose = "every teacher" if mixed else "the teacher"
     tokens = f", {sum(run.values('tokens')):,.0f} completion tokens" if run.values("tokens") else ""
-    told = f"{_done(run) * _rows(run):,} rows{tokens}: each row once by the teacher of its task, "
+    told = f"{_done(run) * _rows(run):,} rows{tokens}: each row once by {whose} of its task, "
     told += f"of {count(len(get(run, 'teachers', {})), 'teacher')}"
     return told + (
         ", and once by the reference" if "reference" in run.info.get("models", {}) else ""

@@ -95,9 +95,10 @@ def _some(recipe: Recipe, n_rows: int, rollouts: int):
 
 
 def _exact(options: dict) -> objective.Objective:
-    """The direct loss towards the same target, over the whole vocabulary."""
+    """The direct loss towards the same target, over the whole vocabulary, reduced alike."""
     of_target = ("lam", "lam_schedule", "lam_by_row", "ratio_cap", "mixture", "divergence")
-    kept = {name: options[name] for name in of_target if name in options}
+    # Tokens that weigh otherwise would turn the gradient, whatever the estimator.
+    kept = {name: options[name] for name in (*of_target, "reduction") if name in options}
     return objective.build(**kept, loss="exact")
 
 

@@ -23,6 +23,8 @@ def settings(config) -> dict:
 
 def goal(config) -> objective.Objective | None:
     """The objective; None where its settings are wrong."""
+    if not _readable(config):
+        return None
     options = settings(config)
     if checks.objective_problems(options):
         return None
@@ -50,6 +52,14 @@ def _parts(text: str) -> dict[str, float]:
     return {name.strip(): float(weight) for name, weight in pairs}
 
 
+def _readable(config) -> bool:
+    """Whether teachers can be read off routes; where not, `find` says so."""
+    try:
+        return all(_parts(text) for text in config.routes.values())
+    except ValueError:
+        return False
+
+
 def roles(config) -> dict:
     """Setting -> Model, of the models that this run loads."""
     c, found = config, {"student": config.student}
@@ -57,7 +67,8 @@ def roles(config) -> dict:
     if made is not None and made.reference and c.reference is not None:
         found["reference"] = c.reference
     judged = made is not None and made.teacher
-    if judged or c.objective.source == "teacher" or c.evaluation.teachers:
+    asked = judged or c.objective.source == "teacher" or c.evaluation.teachers
+    if asked and _readable(c):
         named = dict.fromkeys(name for task in c.data.tasks for name in teachers_of(c, task))
         found |= {f"teachers.{name}": c.teachers[name] for name in named if name in c.teachers}
     return found
@@ -82,6 +93,13 @@ def find(config) -> Iterator[str]:
         )
     if made.baseline is BASELINES["value"] and "value_BT" in objective.names(made.credit):
         yield "objective.baseline = 'value' is taken off by credit = 'gae' already; use 'none'"
+    measured = objective.TARGETS & {*objective.names(made.advantage)}
+    if made.critic and c.critic is not None and c.critic.closed_form and not measured:
+        yield (
+            f"critic.closed_form = True begins V at minus a state's divergence from the target, "
+            f"and objective.advantage = {o.advantage!r} measures none; set "
+            "--config.critic.closed_form=False"
+        )
     if c.critic is not None and 0 < c.steps <= c.critic.warmup_steps:
         yield (
             f"critic.warmup_steps = {c.critic.warmup_steps} leaves no step of steps = {c.steps} to "
@@ -111,11 +129,13 @@ def _roles(c, made) -> Iterator[str]:
     """Roles that the objective lacks, and sources of completions that it cannot learn from."""
     o = c.objective
     if made.reference and math.isfinite(o.lam) and c.reference is None:
-        why = "log T - log R has no R" if made.tilts else "anchor has no R"
+        why, other = "log T - log R has no R", "lam = 1"
+        if not made.tilts:
+            why, other = "anchor has no R", "take the anchor out of objective.regularizers"
         yield (
             f"objective.lam is {o.lam} and there is no reference, so {why}; set "
             "--config.reference=build --config.reference.path=... (the student's own path, or the "
-            "teacher's base), or lam = 1"
+            f"teacher's base), or {other}"
         )
     imitates = _name(o.advantage) == "imitation" and made.weighs
     if not imitates and o.source != "student" and made.weighs:
@@ -201,8 +221,14 @@ def unused(config) -> Iterator[str]:
     c, o, made = config, config.objective, goal(config)
     if made is None:
         return
-    if not made.teacher and o.lam != 1:
-        yield f"objective.lam = {o.lam} has no effect in objective.advantage = {o.advantage!r}"
+    plain = {"lam": 1, "lam_schedule": "constant", "task_lam": {}, "lam_by_row": False}
+    for key in (key for key, x in plain.items() if not made.teacher and getattr(o, key) != x):
+        yield (
+            f"objective.{key} = {getattr(o, key)} has no effect in "
+            f"objective.advantage = {o.advantage!r}"
+        )
+    if o.mixture != "probability" and made.mixture is None:
+        yield f"objective.mixture = {o.mixture!r} has no effect: no task has several teachers"
     if c.reference is not None and not made.reference:
         why = (
             "objective.lam = 1, where it cancels"

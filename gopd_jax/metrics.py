@@ -142,8 +142,8 @@ class Writer:
         for name, values in ((METRICS, row), (TIMING, timing)):
             values = {key: float(values[key]) for key in sorted(values) if key != "step"}
             _append(self.workdir / name, [{"step": int(step)} | values])
-            for key, value in values.items():
-                self._board.add_scalar(f"{Path(name).stem}/{key}", value, step)
+            for key in (key for key, value in values.items() if math.isfinite(value)):
+                self._board.add_scalar(f"{Path(name).stem}/{key}", values[key], step)
         self._step = step
 
     def evaluation(self, rows: Iterable[dict]) -> None:

@@ -160,6 +160,7 @@ def of_student(probe: Probe) -> list[Check]:
             # The sampled tokens' log-probs, whatever this run's own loss takes of the vocabulary.
             objective=objective.build(lam=probe.recipe.objective.lam),
             reference=probe.student.decoder,
+            critic=None,
         )
         params, lam = probe.student.params, own.objective.lam
         frozen = Frozen(teachers=(params,), reference=params)

@@ -37,7 +37,7 @@ def find(config) -> list[str]:
         if not _is(value, kind)
     ]:
         return wrong
-    checks = (_numbers, _choices, _lengths, method.find, _views, _models, _data, _batch, _times)
+    checks = (_numbers, _choices, method.find, _views, _models, _data, _batch, _times)
     return [problem for check in (*checks, _workdir) for problem in check(config)]
 
 
@@ -129,20 +129,6 @@ def _choices(c) -> Iterator[str]:
         re.compile(c.lora.targets if c.lora else "")
     except re.error as error:
         yield f"lora.targets is {c.lora.targets!r}, which is no regular expression: {error}"
-
-
-def _lengths(c) -> Iterator[str]:
-    """Numbers inside the strings of the objective."""
-    found = re.search(r"length=([^,)]+)", c.objective.reduction)
-    try:
-        length = 1.0 if found is None else float(found[1])
-    except ValueError:
-        length = math.nan
-    if not 0 < length < math.inf:
-        yield (
-            f"objective.reduction is {c.objective.reduction!r}; length has to be a positive number "
-            "of tokens"
-        )
 
 
 def _views(c) -> Iterator[str]:

@@ -16,6 +16,12 @@ def table(*functions: Callable) -> dict[str, Callable]:
     return entries
 
 
+def options_of(function: Callable) -> list[str]:
+    """An entry's options: its keyword-only parameters."""
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+
+
 def resolve(text: str, entries: Mapping[str, Callable]) -> Callable:
     """The entry that `text` names, with its keyword options bound.
 
@@ -33,10 +39,7 @@ def resolve(text: str, entries: Mapping[str, Callable]) -> Callable:
     if name.id not in entries:
         raise ValueError(f"there is no {name.id!r}; there are {sorted(entries)}")
     function = entries[name.id]
-    options = [
-        p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY
-    ]
-    given = {}
+    options, given = options_of(function), {}
     for keyword in call.keywords if call else ():
         if keyword.arg not in options:
             raise ValueError(f"{name.id} has no {[keyword.arg]}; it has {options}")

@@ -340,3 +340,10 @@ def test_the_settings_of_this_version_are_read():
     config = to_dict(Config(workdir="w", student=Model(dtype="bfloat16")))
     assert advise(flat(sampler_kl=0.02), config) == {}
     assert "bfloat16" in advise(flat(sampler_kl=0.04), config)["sampler_mismatch"]
+
+
+def test_a_tasks_reward_turns_the_gradient_and_is_no_noise():
+    rows = [{"step": i + 1, "probe/cosine": 0.01} for i in range(4)]
+    mixed = CONFIG | {"objective": {"lam": 1.25, "loss": "policy_gradient", "task": "grpo"}}
+    assert "cosine 0.01" in ADVICE["variance"](rows, CONFIG)
+    assert ADVICE["variance"](rows, mixed) is None

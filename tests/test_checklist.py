@@ -140,6 +140,37 @@ def test_it_holds_what_the_files_hold():
         ),
         ({"objective__divergence": "jsd"}, "estimator that is differentiated", "f′(u)"),
         ({"objective__loss": "k3"}, "estimator that is differentiated", "KL(target ‖ student)"),
+        (
+            {"objective__loss": "k3"},
+            "divergence and direction",
+            "forward KL, KL(target ‖ student)",
+        ),
+        (
+            {"objective__loss": "entropy_gated(k=4)"},
+            "divergence and direction",
+            "besides where the target is uncertain",
+        ),
+        (
+            {"objective__loss": "ratio_gated"},
+            "divergence and direction",
+            "KL(target ‖ student), and reverse KL",
+        ),
+        (
+            {"objective__loss": "cr_opd(margin=0.1)"},
+            "estimator that is differentiated",
+            "biased by design",
+        ),
+        (
+            {"objective__loss": "asymmetric"},
+            "estimator that is differentiated",
+            "where the advantage is above 0",
+        ),
+        (
+            {"objective__lam": 1.0, "objective__lam_by_row": True},
+            "target",
+            "own that one: teacher^",
+        ),
+        ({"routes": {"math": "math=0.5, code=0.5"}}, "teacher forwards", "once by every teacher"),
         ({"objective__loss": "exact"}, "support and mass outside it", "the whole vocabulary"),
         (
             {"objective__loss": "exact", "objective__support": "top_k(k=9)"},
@@ -171,6 +202,16 @@ def test_what_does_not_apply_is_none():
     imitation = told(made(objective__advantage="imitation", objective__source="data"))
     absent = ("staleness", "target", "divergence and direction", "teacher forwards", "critic")
     assert {item for item, text in imitation.items() if text is None} == set(absent)
+
+
+@pytest.mark.parametrize("loss", ["exact", "k2", "ratio_gated", "entropy_gated(k=4)"])
+def test_a_loss_without_an_advantage_has_no_credit_and_no_baseline(loss):
+    text = told(made(objective__loss=loss))
+    assert text["gamma and lambda"] is text["baseline"] is None
+    asked = told(made(objective__loss=loss, objective__gates=["agree"]))
+    assert asked["gamma and lambda"].startswith("immediate")
+    for weighing in ("ppo(dual=None)", "cr_opd", "asymmetric"):
+        assert told(made(objective__loss=weighing))["baseline"] == "none"
 
 
 def test_an_earlier_versions_settings_are_off():

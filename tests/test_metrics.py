@@ -241,3 +241,10 @@ def test_a_bar_passes_items_on_and_reports_slow_work_in_a_file():
         got.append(item)
     assert got == ["a", "b", "c"]
     assert file.getvalue() == "loading 2/?\n"
+
+
+def test_what_is_not_finite_is_null_in_the_rows_and_absent_from_event_files(tmp_path):
+    with Writer(tmp_path, resume_step=0) as writer:
+        writer.write(1, {"loss": 1.0, "probe/auroc": float("nan")}, {})
+    assert '"probe/auroc": null' in (tmp_path / "metrics.jsonl").read_text()
+    assert [tag for tag, _, _ in scalars(tmp_path)] == ["metrics/loss"]

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from benchmarks import wrong_setups
 from gopd_jax import preflight, report, scoring, train
+from gopd_jax.config import Critic
 from gopd_jax.models import decoder as lm
 
 QUICK = ("teacher with random", "the teacher's base", "fingerprints", "temperatures", "end with")
@@ -56,6 +57,15 @@ def test_the_right_setup_passes(right):
     assert len({*told.values()}) == 3
     assert 0 < float(by_role["teacher:math"]["KL from the student"]) < 0.5
     assert float(by_role["student"]["|A| as own teacher"]) == 0
+
+
+def test_a_critic_in_closed_form_is_no_matter_of_preflights(tmp_path):
+    # Its value takes whole distributions; the questions are about the sampled tokens.
+    c = wrong_setups.build(tmp_path)
+    c.objective.credit, c.critic = "gae", Critic()
+    assert c.problems() == []
+    report = preflight.run(train.begin(c).this)
+    assert [check for check in report.checks if check.verdict != "ok"] == []
 
 
 def test_the_example_is_one_row_and_what_is_learnt_is_its_completion(right):

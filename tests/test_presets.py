@@ -224,6 +224,18 @@ def test_a_preset_is_read_by_its_path_from_any_directory(tmp_path, name):
 def test_the_tiny_form_makes_two_steps(world, name, word):
     config = preset(name, shrunk(word))
     config.preflight = "off"  # of random models
+    makes_two_steps(config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gae_opd", "gkd", "kdrl", "opsd"])
+def test_the_tiny_form_begins_with_preflight_and_makes_two_steps(monkeypatch, tmp_path, name):
+    # A critic, a loss over the vocabulary, the verifiers' reward, another prompt of the teacher's.
+    monkeypatch.chdir(tmp_path)
+    makes_two_steps(preset(name, "tiny"))
+
+
+def makes_two_steps(config):
     summary = train.run(config)
     assert (summary.step, config.steps) == (2, 2)
     rows = [json.loads(line) for line in (summary.workdir / "metrics.jsonl").open()]

@@ -7,10 +7,14 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 
+from gopd_jax.objectives.credit import CREDITS
+from gopd_jax.objectives.gates import GATES
+from gopd_jax.objectives.importance import IMPORTANCE, REJECTIONS
 from gopd_jax.objectives.objective import (
     REWARDS,
     TABLES,
     Objective,
+    absent,
     build,
     fed,
     names,
@@ -30,14 +34,16 @@ def objective_problems(settings: dict) -> list[str]:
     found = [*_unresolved(settings)]
     if (given := settings.get("estimator", "corrected")) not in ESTIMATORS:
         found.append(f"objective.estimator is {given!r}; it is one of {ESTIMATORS}")
-    if not found:
-        try:
-            made = build(**settings)
-        except ValueError as error:
-            return [f"objective: {error}"]
-        said = {"divergence": "reverse_kl", "credit": "immediate", "baseline": "none"} | settings
-        found = [*_dry_run(made), *_without_effect(made, said), *_exclude(made, said)]
-    return found
+    kept = sound(settings)
+    try:
+        made = build(**kept)
+    except ValueError as error:
+        return [*found, f"objective: {error}"]
+    said = {p.name: p.default for p in inspect.signature(build).parameters.values()} | kept
+    ran = [*_dry_run(made, said)]
+    if not found:  # what takes the place of a name that there is not excludes nothing
+        ran += [*_without_effect(made, said), *_exclude(made, said)]
+    return found + ran
 
 
 def sound(settings: dict) -> dict:
@@ -49,7 +55,7 @@ def _unresolved(settings: dict) -> Iterator[str]:
     for key, entries in TABLES.items():
         given = settings.get(key)
         for text in given if isinstance(given, tuple) else (given,):
-            if text in (None, "none"):
+            if absent(key, text):
                 continue
             try:
                 function = resolve(text, entries)
@@ -60,17 +66,21 @@ def _unresolved(settings: dict) -> Iterator[str]:
             options = inspect.signature(function).parameters.values()
             missing = [p.name for p in options if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
             # What has a key of its own is given there alone.
-            missing = [name for name in missing if name not in ("divergence", "floor")]
+            missing = [name for name in missing if name != "divergence"]
             if missing:
                 yield f"objective.{key} is {text!r}; give it {missing}: '{text}({missing[0]}=...)'"
-            for name, own in (("divergence", "divergence"), ("clip", "log_u_clip")):
-                if key in ("advantage", "loss", "task") and name in bound:
+            of_ratio = ("advantage", "task")  # cr_opd has a clip of another kind
+            for name, own, keys in (
+                ("divergence", "divergence", (*of_ratio, "loss")),
+                ("clip", "log_u_clip", of_ratio),
+            ):
+                if key in keys and name in bound:
                     yield f"objective.{key} is {text!r}; give {name} as objective.{own}"
     if str(settings.get("advantage", "")).startswith("gopd(lam"):
         yield "objective.advantage: gopd takes its lambda from objective.lam"
 
 
-def _dry_run(made: Objective) -> Iterator[str]:
+def _dry_run(made: Objective, said: dict) -> Iterator[str]:
     """Options of the right names and impossible values: every entry on shapes alone."""
     row, position = jnp.zeros((B, T)), jnp.zeros((B, T))
     whole = dict.fromkeys(made.needs | {"mask_BT"}, row)
@@ -90,22 +100,46 @@ def _dry_run(made: Objective) -> Iterator[str]:
     some = {name: position for entry in _losses(made) for name in names(entry)}
     some |= {name: over_V for name in some if name.endswith("_xV")}
     some |= {"real_xV": over_V < 1, "ids_x": position.astype(int)}
-    support = functools.partial(made.support, over_V, over_V, over_V < 1)
-    runs = [
-        ("divergence", lambda: made.divergence(jnp.zeros(()), jnp.zeros(()))),
-        ("lam_schedule", lambda: made.lam_at(jnp.int32(0))),
-        ("support", support),
-    ]
-    if made.weighs:
-        runs.append(("advantage, credit, baseline or task", lambda: made.advantages(whole)))
-    runs.append(("gates, importance or rejection", lambda: made.weights(whole)))
     some |= {name: over_V for name in some if name.endswith("_xS")} | {"valid_xS": over_V < 1}
-    runs += [("loss or regularizers", functools.partial(fed, e, some)) for e in _losses(made)]
-    for key, run in runs:
-        try:
-            jax.eval_shape(run)
-        except (ValueError, TypeError) as error:
-            yield f"objective.{key}: {error}"
+    of_rows = ("gates", "importance", "rejection")
+    of_rows += ("advantage", "credit", "baseline", "task") if made.weighs else ()
+    entries = {key: _listed(getattr(made, key)) for key in (*of_rows, "loss", "regularizers")}
+    runs = [
+        ("divergence", 0, lambda: made.divergence(jnp.zeros(()), jnp.zeros(()))),
+        ("lam_schedule", 0, lambda: made.lam_at(jnp.int32(0))),
+        ("support", 0, functools.partial(made.support, over_V, over_V, over_V < 1)),
+        ("reduction", 0, functools.partial(made.reduction, row > -1)),
+    ]
+    for key, functions in entries.items():
+        fed_with = some if key in ("loss", "regularizers") else whole
+        runs += [(key, i, functools.partial(fed, f, fed_with)) for i, f in enumerate(functions)]
+    if made.veto is not None:
+        runs.append(("veto", 0, functools.partial(fed, made.vetoes, whole)))
+    errors = [(key, i, error) for key, i, run in runs if (error := _error(run)) is not None]
+    of_divergence = [error for key, _, error in errors if key == "divergence"]
+    for key, i, error in errors:
+        # A divergence of impossible options is that of the advantage and of the loss, too.
+        if key == "divergence" or error not in of_divergence:
+            yield f"objective.{key} is {_listed(said[key])[i]!r}: {error}"
+    if errors:
+        return
+    both = [("gates, importance or rejection", made.weights)]
+    both += [("advantage, credit, baseline or task", made.advantages)] if made.weighs else []
+    for keys, run in both:  # entries that each run and do not fit together
+        if (error := _error(functools.partial(run, whole))) is not None:
+            yield f"objective.{keys}: {error}"
+
+
+def _error(run) -> str | None:
+    try:
+        jax.eval_shape(run)
+    except (ValueError, TypeError) as error:
+        return str(error)
+    return None
+
+
+def _listed(entries) -> tuple:
+    return entries if isinstance(entries, tuple) else () if entries is None else (entries,)
 
 
 def _losses(made: Objective) -> tuple:
@@ -116,7 +150,8 @@ def _without_effect(made: Objective, said: dict) -> Iterator[str]:
     """Settings of a part that this loss does not have: whoever gives them expects another."""
     if not made.weighs:
         for key, neutral in (
-            *(("credit", "immediate"), ("baseline", "none"), ("estimator", "corrected")),
+            *(("advantage", "gopd"), ("credit", "immediate"), ("baseline", "none")),
+            ("estimator", "corrected"),
             *(("advantage_clip", None), ("task", None), ("distil_weight", 1.0)),
         ):
             if (value := said.get(key, neutral)) != neutral:
@@ -126,12 +161,12 @@ def _without_effect(made: Objective, said: dict) -> Iterator[str]:
                 )
     supported = any(name.endswith("_xS") for entry in _losses(made) for name in names(entry))
     if not supported and "local_kl_BT" not in made.needs:
+        why = "looks at the sampled token alone; use loss = 'exact', or leave it out"
+        if over_vocabulary(made.loss):
+            why = "chooses ids of its own by its options, teacher_k for one; leave it out"
         for key, neutral in (("support", "full"), ("mass", "rest")):
             if (value := said.get(key, neutral)) != neutral:
-                yield (
-                    f"objective.{key} is {value!r} and objective.loss looks at the sampled token "
-                    "alone; use loss = 'exact', or leave it out"
-                )
+                yield f"objective.{key} is {value!r} and objective.loss {why}"
     of_loss = "divergence" in inspect.signature(made.loss).parameters
     of_advantage = made.weighs and "divergence" in inspect.signature(made.advantage).parameters
     if said["divergence"] != "reverse_kl" and not (of_loss or of_advantage):
@@ -155,10 +190,8 @@ def _without_effect(made: Objective, said: dict) -> Iterator[str]:
 
 def _exclude(made: Objective, said: dict) -> Iterator[str]:
     """Choices that contradict each other."""
-    importance, rejection = (
-        str(said.get(k, "none")).split("(")[0] for k in ("importance", "rejection")
-    )
-    if importance == "sequence" and rejection == "token":
+    importance, rejection = (_plain(e) for e in (made.importance, made.rejection))
+    if importance is IMPORTANCE["sequence"] and rejection is REJECTIONS["token"]:
         yield (
             "objective.importance weighs whole sequences and objective.rejection takes single "
             "tokens out of them; use rejection = 'sequence(...)', or importance = 'token'"
@@ -172,7 +205,17 @@ def _exclude(made: Objective, said: dict) -> Iterator[str]:
             f"objective.task and objective.advantage = {said.get('advantage')!r} are both of the "
             "reward; use advantage = 'gopd', which objective.distil_weight weighs"
         )
-    if "agree" in {getattr(g, "func", g).__name__ for g in made.gates} and over_vocabulary(
-        made.loss
-    ):
+    of_token = {name for name in names(made.advantage) if name.endswith("_BT")} - {"mask_BT"}
+    if made.weighs and not of_token and made.credit is not CREDITS["immediate"]:
+        yield (
+            f"objective.credit is {said['credit']!r} and sums what tokens earn, and "
+            f"objective.advantage = {said['advantage']!r} gives each of them what the whole row "
+            "earns, so it would count once for every later token; use credit = 'immediate'"
+        )
+    if GATES["agree"] in map(_plain, made.gates) and over_vocabulary(made.loss):
         yield "objective.gates has agree, which takes the sign of an advantage; use a sampled loss"
+
+
+def _plain(entry):
+    """An entry of a table without the options that are bound to it."""
+    return getattr(entry, "func", entry)

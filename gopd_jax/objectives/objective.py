@@ -26,7 +26,7 @@ from gopd_jax.objectives.reductions import REDUCTIONS
 from gopd_jax.objectives.regularizers import REGULARIZERS
 from gopd_jax.objectives.supports import MASSES, SUPPORTS
 from gopd_jax.objectives.targets import SCHEDULES
-from gopd_jax.spec import resolve
+from gopd_jax.spec import options_of, resolve
 
 # Setting -> the table that its string chooses from; a tuple of strings in gates, regularizers.
 TABLES = {
@@ -108,8 +108,7 @@ class Objective:
 
     @property
     def losses(self) -> tuple[Callable, ...]:
-        """What is differentiated."""
-        return (self.loss, *self.regularizers)
+        return (self.loss, *self.regularizers)  # what is differentiated
 
     @property
     def weighs(self) -> bool:
@@ -121,11 +120,15 @@ class Objective:
     @property
     def needs(self) -> frozenset[str]:
         """Every quantity that this objective uses."""
-        used = [*self.losses, *self.gates, self.importance, self.rejection]
+        used = [*self.losses, *self.gates, self.importance, self.rejection, self.vetoes]
         if self.weighs:
             used += [self.advantage, self.credit, self.baseline, self.task]
-        found = {name for entry in used if entry is not None for name in names(entry)}
-        return frozenset(found | ({"sampler_BT"} if self.veto is not None else set()))
+        return frozenset(name for entry in used if entry is not None for name in names(entry))
+
+    @property
+    def vetoes(self) -> Callable | None:
+        """The rejection of rows that `veto` asks for."""
+        return None if self.veto is None else functools.partial(REJECTIONS["veto"], floor=self.veto)
 
     @property
     def tilts(self) -> bool:
@@ -155,15 +158,17 @@ class Objective:
         """Whether the sampled tokens' target has to be normalised over the vocabulary.
 
         A constant of the state changes nothing in expectation under reverse KL, immediate or
-        summed over the sequence (it is the reward of G-OPD then), and in losses that take log T - S
-        to be linear or squared. Everyone else asks for the ratio of two distributions.
+        summed over the sequence (the reward of G-OPD), and in losses that take log T - S to be
+        linear or squared. Everyone else asks for the ratio of two distributions.
         """
         if not (self.tilts or self.mixture == "log"):
             return False
+        if self.switches or (self.mixture == "log" and self.ratio_cap is not None):
+            return self.teacher  # a cap and a sign move with that constant
         indifferent = {LOSSES["k1"], LOSSES["k2"]}
-        if self.divergence is DIVERGENCES["reverse_kl"] and self.log_u_clip is None:
-            is_gopd = getattr(self.advantage, "func", None) is ADVANTAGES["gopd"]
-            indifferent |= {self.advantage} if is_gopd else set()
+        plain = self.divergence is DIVERGENCES["reverse_kl"] and self.log_u_clip is None
+        if plain and getattr(self.advantage, "func", None) is ADVANTAGES["gopd"]:
+            indifferent |= {self.advantage}
         used = [*self.losses, *self.gates]
         used += [self.advantage, self.credit, self.baseline, self.task] if self.weighs else []
         asking = {"target_BT", "log_u_BT", "target_x"}
@@ -180,12 +185,14 @@ class Objective:
     def prescored(self) -> bool:
         """Whether the student scores the whole batch before the update.
 
-        Where a token's advantage depends on other rows or on the critic, and where the loss takes
-        it together with the vocabulary, it cannot come of the loss's own forward pass.
+        Where an advantage depends on other rows or the critic, or meets the vocabulary in a loss.
         """
         compares = self.weighs and self.baseline is not None and "credit_BT" in names(self.baseline)
-        together = any(over_vocabulary(e) and "advantage_x" in names(e) for e in self.losses)
-        return compares or "group_B" in self.needs or self.critic or together
+        return compares or "group_B" in self.needs or self.critic or self.switches
+
+    @property
+    def switches(self) -> bool:  # between vocabulary and sampled token, by the advantage's sign
+        return any(over_vocabulary(e) and "advantage_x" in names(e) for e in self.losses)
 
     # --- what is computed of it
 
@@ -231,10 +238,8 @@ class Objective:
 
         What is gated or rejected still counts in the reduction's number of tokens.
         """
-        used = (*self.gates, *([self.importance] if self.importance is not None else []))
-        found = [fed(entry, quantities) for entry in used]
-        if (keep_BT := self.kept(quantities)) is not None:
-            found.append(keep_BT)
+        entries = (*self.gates, self.importance, self.rejection, self.vetoes)
+        found = [fed(entry, quantities) for entry in entries if entry is not None]
         if not found:
             return None
         product = functools.reduce(lambda a, b: a * b, (x.astype(jnp.float32) for x in found))
@@ -242,11 +247,14 @@ class Objective:
 
     def kept(self, quantities: dict):
         """keep_BT of the tokens that rejection and veto leave; None where there is neither."""
-        used = [self.rejection] if self.rejection is not None else []
-        if self.veto is not None:
-            used.append(functools.partial(REJECTIONS["veto"], floor=self.veto))
-        found = [fed(entry, quantities) for entry in used]
+        found = [fed(e, quantities) for e in (self.rejection, self.vetoes) if e is not None]
         return functools.reduce(jnp.logical_and, found) if found else None
+
+
+def absent(key: str, text: str | None) -> bool:
+    """Whether a setting names no entry: some say so by "none", the others need one."""
+    may_be = ("baseline", "importance", "rejection", "task")
+    return text is None or (text == "none" and key in may_be)
 
 
 def over_vocabulary(function: Callable) -> bool:
@@ -282,12 +290,13 @@ def build(
 ) -> Objective:
     """Resolve the settings of config.objective. ValueError for a name or option that is not there.
 
-    lam_by_row: rows have a lambda of their own. mixture: "probability" or "log", where a task has
-    several teachers.
+    mixture: "probability" or "log", where a task has several teachers.
     """
 
+    said = dict(locals())
+
     def entry(key, text):
-        return None if text in (None, "none") else resolve(text, TABLES[key])
+        return None if absent(key, text) else resolve(text, TABLES[key])
 
     of = entry("divergence", divergence)
     rewarded = entry("advantage", advantage)
@@ -299,10 +308,9 @@ def build(
     made = Objective(
         advantage=rewarded,
         divergence=of,
-        # Of reverse KL it is 0 everywhere.
         corrected=estimator == "corrected"
-        and "divergence" in _options(rewarded)
-        and of is not DIVERGENCES["reverse_kl"],
+        and "divergence" in options_of(rewarded)
+        and of is not DIVERGENCES["reverse_kl"],  # of which it is 0
         lam=lam,
         lam_schedule=entry("lam_schedule", lam_schedule),
         lam_by_row=lam_by_row,
@@ -330,13 +338,7 @@ def build(
         _check_names(function, ROWS)
     for function in made.losses:
         _check_names(function, POSITIONS)
-    said = {"advantage": advantage, "divergence": divergence, "loss": loss, "reduction": reduction}
     return dataclasses.replace(made, formula=formula.of(made, said, estimator))
-
-
-def _options(function: Callable) -> set[str]:
-    parameters = inspect.signature(function).parameters.values()
-    return {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
 def _check_names(function: Callable | None, known: set[str]) -> None:

@@ -4,6 +4,8 @@ They are computed from the global batch's mask, before it is split, so that the 
 depend on how it is split. Each returns float32 [B, T], 0 off the mask.
 """
 
+import math
+
 import jax.numpy as jnp
 
 from gopd_jax.spec import table
@@ -23,6 +25,8 @@ def sequence_mean(mask_BT):
 
 def sequence_sum(mask_BT, *, length):
     """Mean over rows of the sum over tokens, in units of `length` tokens (> 0)."""
+    if not isinstance(length, (int, float)) or not 0 < length < math.inf:
+        raise ValueError(f"length has to be a positive number of tokens and is {length!r}")
     return mask_BT / jnp.float32(mask_BT.shape[0] * length)
 
 

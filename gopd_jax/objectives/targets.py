@@ -59,13 +59,18 @@ def constant(step, lam):
 
 def linear(step, lam, *, steps, start=1.0):
     """From `start` at step 0 in equal parts to lam at step `steps`, and lam from there on."""
-    return start + (lam - start) * jnp.minimum(step / steps, 1.0)
+    return start + (lam - start) * _share(step, steps)
 
 
 def cosine(step, lam, *, steps, start=1.0):
     """As linear, slow at both ends: half a period of the cosine."""
-    share = jnp.minimum(step / steps, 1.0)
-    return start + (lam - start) * 0.5 * (1 - jnp.cos(jnp.pi * share))
+    return start + (lam - start) * 0.5 * (1 - jnp.cos(jnp.pi * _share(step, steps)))
+
+
+def _share(step, steps):
+    if not steps > 0:
+        raise ValueError(f"steps is {steps}; give the steps, above 0, after which lam is reached")
+    return jnp.minimum(step / steps, 1.0)
 
 
 SCHEDULES = table(constant, linear, cosine)
