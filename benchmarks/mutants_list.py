@@ -1093,6 +1093,14 @@ MUTANTS = (
             "test_step_credit.py::test_gates_multiply_the_loss_and_leave_the_number_of_tokens",
         ),
         (
+            "updates-share-forgotten",
+            "each of n updates has one n-th of its weight",
+            'rows["reduction_BT"] * n}',
+            'rows["reduction_BT"]}',
+            "test_step_off_policy.py::test_updates_and_epochs_learn_from_advantages_fixed_at_the"
+            "_start",
+        ),
+        (
             "closed-form-sign",
             "KL(S || T) for its negative in V",
             'value_BT - found["local_kl_BT"], after_B - found["after_kl_B"]',
@@ -1107,6 +1115,68 @@ MUTANTS = (
             'known["credit_BT"]',
             "test_step_credit.py::test_before_it_learns_the_value_is_the_exact_expected_reward"
             "_of_the_state",
+        ),
+        (
+            "warmup-one-more",
+            "> for >=: the student waits a step longer",
+            "state.step >= recipe.critic.warmup_steps",
+            "state.step > recipe.critic.warmup_steps",
+            "test_step_credit.py::test_while_the_critic_warms_up_the_student_stays_as_it_was",
+        ),
+        (
+            "group-relative-forgotten",
+            "rewards are not compared within their group",
+            "group_relative(scores.reward_B, rollout.group_B)",
+            "scores.reward_B + 0 * group_relative(scores.reward_B, rollout.group_B)",
+            "test_step_credit.py::test_the_verifiers_reward_and_the_distillation_are_added",
+        ),
+        (
+            "average-inverted",
+            "the moving average forgets at the rate at which it is to keep",
+            "decay * m + (1 - decay) * p",
+            "(1 - decay) * m + decay * p",
+            "test_step_roles.py::test_a_teacher_that_follows_is_the_moving_average_of_the_student",
+        ),
+    ),
+    *_of(
+        "heads.py",
+        (
+            "step-ratio-not-normalised",
+            "log u is that of the sampled tokens' log-probs where f needs distributions",
+            "if objective.normalised or not objective.tilts:",
+            "if not objective.tilts:",
+            "test_step_vocabulary.py::test_a_step_is_the_descent_from_full_logits"
+            "[sampled forward KL]",
+        ),
+        (
+            "local-kl-upside-down",
+            "the expected reward for its negative",
+            "return -jnp.where(valid_xS, jnp.exp(student_xS) * reward_xS, 0.0).sum(-1)",
+            "return jnp.where(valid_xS, jnp.exp(student_xS) * reward_xS, 0.0).sum(-1)",
+            "test_step_credit.py::test_credit_and_baselines_are_those_of_the_sums_written_out"
+            "[immediate less the state's own mean]",
+        ),
+        (
+            "local-kl-of-the-teacher",
+            "lambda forgotten in the state's expected reward",
+            "target_xV = tilted(teacher_xV, ref_xV, lam=lam, cap=objective.ratio_cap)\n        if",
+            "target_xV = teacher_xV\n        if",
+            "test_step_credit.py::test_credit_and_baselines_are_those_of_the_sums_written_out"
+            "[immediate less the state's own mean]",
+        ),
+        (
+            "geometric-mixture-not-normalised",
+            "a geometric mean of teachers taken for a distribution",
+            'recipe.mixture is not None and recipe.mixture.space == "log"',
+            'recipe.mixture is not None and recipe.mixture.space == "logs"',
+            "test_step_targets.py::test_a_geometric_mixture_is_normalised_where_a_ratio_is_asked_for",
+        ),
+        (
+            "given-shifted",
+            "shift by one: advantages of the tokens before",
+            "x_BC = x_BT[:, first:end]",
+            "x_BC = jnp.pad(x_BT, ((0, 0), (1, 0)))[:, first:end]",
+            "test_step_vocabulary.py::test_a_step_is_the_descent_from_full_logits[cr_opd]",
         ),
     ),
     *_of(
@@ -1162,6 +1232,24 @@ MUTANTS = (
             "return jnp.where(mask_BT, logp_BT, 0.0), jnp.where(",
             "return logp_BT, jnp.where(",
             "test_scoring.py::test_any_chunk_gives_the_log_probs_of_all_logits",
+        ),
+    ),
+    *_of(
+        "batching.py",
+        (
+            "rows-joined-in-another-order",
+            "pieces are put one after the other where they were strided",
+            "x.swapaxes(0, 1).reshape(x.shape[1] * n, *x.shape[2:])",
+            "x.reshape(x.shape[1] * n, *x.shape[2:])",
+            "test_step_credit.py::test_credit_and_baselines_are_those_of_the_sums_written_out"
+            "[return_to_go less the batch's mean]",
+        ),
+        (
+            "rows-of-another-teacher",
+            "the permutation for its inverse",
+            "back = np.argsort(np.concatenate(order))",
+            "back = np.concatenate(order)",
+            "test_step_roles.py::test_tasks_are_routed_to_teachers",
         ),
     ),
     *_of(
