@@ -1290,4 +1290,46 @@ MUTANTS = (
             "test_generate.py::test_the_nucleus_is_the_fewest_likeliest_ids",
         ),
     ),
+    *_of(
+        "step.py",
+        (
+            "first-teacher-for-all",
+            "every row is scored by the first teacher",
+            "resident(frozen.teachers[i], after)\n                decoder = recipe.teachers[i]\n",
+            "resident(frozen.teachers[0], after)\n                decoder = recipe.teachers[0]\n",
+            "test_step.py::test_each_row_is_scored_by_its_own_teacher_and_by_the_reference",
+        ),
+        (
+            "reference-of-the-first-teacher",
+            "the reference's log-probs are the first teacher's",
+            "params = batching.resident(frozen.reference, before)",
+            "params = batching.resident(frozen.teachers[0], before)",
+            "test_step.py::test_each_row_is_scored_by_its_own_teacher_and_by_the_reference",
+        ),
+    ),
+    *_of(
+        "diagnose.py",
+        (
+            "probe-reduced-otherwise",
+            "the exact gradient weighs tokens as the default does",
+            'for name in (*of_target, "reduction") if name in options',
+            "for name in of_target if name in options",
+            "test_diagnose.py"
+            "::test_the_target_is_that_of_the_rows_own_lambda_at_the_step_and_the_divergence_the_runs",
+        ),
+        (
+            "quarters-from-the-prompt",
+            "a position is counted from the row's beginning",
+            "position_BT = jnp.arange(mask_BT.shape[1]) - (rollout.n_prompt - 1)",
+            "position_BT = jnp.arange(mask_BT.shape[1])",
+            "test_diagnose.py::test_every_figure_of_the_probe_is_that_of_full_logits",
+        ),
+        (
+            "routable-of-all-tokens",
+            "the routable share is of all tokens, not of the negatives",
+            'jnp.where(mask_BT, seen["routable_BT"], 0.0).sum(), negative_BT.sum())',
+            'jnp.where(mask_BT, seen["routable_BT"], 0.0).sum(), mask_BT.sum())',
+            "test_diagnose.py::test_every_figure_of_the_probe_is_that_of_full_logits",
+        ),
+    ),
 )
