@@ -25,7 +25,7 @@ def recipe_of(c: settings.Config, mesh, goal, roles, teachers: tuple[str, ...], 
     decays = {c.teachers[name].follows for name in teachers} - {None}
     return Recipe(
         mesh=mesh,
-        student=roles["student"].decoder,
+        student=dataclasses.replace(roles["student"].decoder, remat=c.batch.remat),
         teachers=tuple(roles[f"teacher:{name}"].decoder for name in teachers),
         routes=routes,
         mixture=mixture,

@@ -47,6 +47,12 @@ def test_prompts_as_a_teacher_reads_them_are_held_against_its_own_limits(built, 
         train.prepare(tiny.config(built, teachers=teachers))
 
 
+def test_the_student_alone_recomputes_its_layers(built):
+    recipe = train.prepare(tiny.config(built, batch={"remat": True})).recipe
+    assert recipe.student.remat
+    assert not any(model.remat for model in (*recipe.teachers, recipe.reference))
+
+
 def verdicts(c) -> dict:
     """(role, check) -> verdict of what preflight finds."""
     report = preflight.run(train.begin(c).this)

@@ -1,5 +1,6 @@
 """Losses over the vocabulary in the step, chunk by chunk, against full logits and written out."""
 
+import dataclasses
 import functools
 import math
 
@@ -162,6 +163,11 @@ def test_microbatches_and_chunks_change_nothing(plain, microbatches, chunk):
 def test_every_mesh_gives_the_same_step(plain, shape):
     # Groups of 3 and of 5 rows in a microbatch, on 2 and on 4 row shards.
     agree(full.setting(shape, options=EVERYTHING).descent(), plain)
+
+
+def test_layers_that_are_recomputed_change_nothing(plain):
+    student = dataclasses.replace(full.model(*full.STUDENT)[0], remat=True)
+    agree(full.setting(options=EVERYTHING, student=student).descent(), plain)
 
 
 def test_neither_the_order_of_rows_nor_the_width_of_prompts_matters(plain):
