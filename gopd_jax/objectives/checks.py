@@ -2,10 +2,11 @@
 
 import functools
 import inspect
+import math
 from collections.abc import Iterator
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from gopd_jax.objectives.credit import CREDITS
 from gopd_jax.objectives.gates import GATES
@@ -82,40 +83,40 @@ def _unresolved(settings: dict) -> Iterator[str]:
 
 def _dry_run(made: Objective, said: dict) -> Iterator[str]:
     """Options of the right names and impossible values: every entry on shapes alone."""
-    row, position = jnp.zeros((B, T)), jnp.zeros((B, T))
+    row = np.zeros((B, T), np.float32)  # NumPy's: nothing is compiled to refuse a setting
     whole = dict.fromkeys(made.needs | {"mask_BT"}, row)
     whole |= {
         "mask_BT": row > -1,
         "position_BT": row.astype(int),
         "ids_BT": row.astype(int),
         "end_BT": row > 1,
-        "group_B": jnp.zeros(B, int),
-        "ended_B": jnp.ones(B, bool),
-        **{name: jnp.zeros(B) for name in REWARDS},
-        "bootstrap_B": jnp.zeros(B),
-        "step": jnp.int32(0),
+        "group_B": np.zeros(B, int),
+        "ended_B": np.ones(B, bool),
+        **{name: row[:, 0] for name in REWARDS},
+        "bootstrap_B": row[:, 0],
+        "step": np.int32(0),
         **{name: row for name in ("log_u_BT", "token_reward_BT", "credit_BT", "advantage_BT")},
     }
-    over_V = jax.nn.log_softmax(jnp.zeros((B, T, V)))
-    some = {name: position for entry in _losses(made) for name in names(entry)}
+    over_V = np.full((B, T, V), -math.log(V), np.float32)
+    some = {name: row for entry in _losses(made) for name in names(entry)}
     some |= {name: over_V for name in some if name.endswith("_xV")}
-    some |= {"real_xV": over_V < 1, "ids_x": position.astype(int)}
+    some |= {"real_xV": over_V < 1, "ids_x": row.astype(int)}
     some |= {name: over_V for name in some if name.endswith("_xS")} | {"valid_xS": over_V < 1}
     of_rows = ("gates", "importance", "rejection")
     of_rows += ("advantage", "credit", "baseline", "task") if made.weighs else ()
     entries = {key: _listed(getattr(made, key)) for key in (*of_rows, "loss", "regularizers")}
     runs = [
-        ("divergence", 0, lambda: made.divergence(jnp.zeros(()), jnp.zeros(()))),
-        ("lam_schedule", 0, lambda: made.lam_at(jnp.int32(0))),
-        ("support", 0, functools.partial(made.support, over_V, over_V, over_V < 1)),
-        ("reduction", 0, functools.partial(made.reduction, row > -1)),
+        ("divergence", 0, (made.divergence, row, row)),
+        ("lam_schedule", 0, (made.lam_at, np.int32(0))),
+        ("support", 0, (made.support, over_V, over_V, over_V < 1)),
+        ("reduction", 0, (made.reduction, row > -1)),
     ]
     for key, functions in entries.items():
         fed_with = some if key in ("loss", "regularizers") else whole
-        runs += [(key, i, functools.partial(fed, f, fed_with)) for i, f in enumerate(functions)]
+        runs += [(key, i, (functools.partial(fed, f), fed_with)) for i, f in enumerate(functions)]
     if made.veto is not None:
-        runs.append(("veto", 0, functools.partial(fed, made.vetoes, whole)))
-    errors = [(key, i, error) for key, i, run in runs if (error := _error(run)) is not None]
+        runs.append(("veto", 0, (functools.partial(fed, made.vetoes), whole)))
+    errors = [(key, i, error) for key, i, run in runs if (error := _error(*run)) is not None]
     of_divergence = [error for key, _, error in errors if key == "divergence"]
     for key, i, error in errors:
         # A divergence of impossible options is that of the advantage and of the loss, too.
@@ -126,13 +127,13 @@ def _dry_run(made: Objective, said: dict) -> Iterator[str]:
     both = [("gates, importance or rejection", made.weights)]
     both += [("advantage, credit, baseline or task", made.advantages)] if made.weighs else []
     for keys, run in both:  # entries that each run and do not fit together
-        if (error := _error(functools.partial(run, whole))) is not None:
+        if (error := _error(run, whole)) is not None:
             yield f"objective.{keys}: {error}"
 
 
-def _error(run) -> str | None:
+def _error(run, *quantities) -> str | None:
     try:
-        jax.eval_shape(run)
+        jax.eval_shape(run, *quantities)
     except (ValueError, TypeError) as error:
         return str(error)
     return None
