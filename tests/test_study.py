@@ -101,6 +101,8 @@ def ran(monkeypatch):
         seconds = dict(zip(GROUPS[group].timed, (1.0, 2.0, 4.0)))
         self.add({"kind": "timing", "group": group, "step_seconds": seconds})
 
+    # Nothing is loaded here to be forgotten, and whatever other tests left behind takes seconds.
+    monkeypatch.setattr(study.gc, "collect", lambda: None)
     for function in (run_cell, look, time):
         monkeypatch.setattr(study.Study, function.__name__, function)
     return ran
@@ -124,7 +126,6 @@ def test_a_killed_study_goes_on_and_nothing_is_done_twice(scope, ran):
     assert all(json.loads(line) for line in file.read_text().splitlines())
 
 
-@pytest.mark.slow
 def test_a_gradient_is_looked_at_once_though_two_groups_ask_for_it(scope, ran):
     study.run(scope)
     looked = [name for name in ran.names if name[0] in GROUPS and isinstance(name[1], str)]
@@ -133,7 +134,6 @@ def test_a_gradient_is_looked_at_once_though_two_groups_ask_for_it(scope, ran):
     assert ("routing", "opd") in looked  # where what is freed is measured
 
 
-@pytest.mark.slow
 def test_only_takes_groups_and_methods_and_refuses_other_names(scope, ran):
     study.run(scope, ("lag_4_token",))
     assert {name for name in ran.names} == {("lag_4_token", 0), ("lag_4_token", 1)}
@@ -141,14 +141,12 @@ def test_only_takes_groups_and_methods_and_refuses_other_names(scope, ran):
         study.run(scope, ("lagg",))
 
 
-@pytest.mark.slow
 def test_results_of_other_settings_are_refused(scope, ran):
     study.run(scope, ("opd",))
     with pytest.raises(ValueError, match="a result of opd, seed 0 that other settings or models"):
         study.run(dataclasses.replace(scope, samples=3), ("opd",))
 
 
-@pytest.mark.slow
 def test_equal_time_is_the_steps_by_the_ratio_of_the_step_times(scope, ran):
     study.run(scope, ("exopd",))
     under_way = study.Study(scope)
