@@ -57,7 +57,8 @@ def count(jaxpr) -> Work:
     """Work of a jaxpr, open or closed, with everything that it calls.
 
     Products are dot_general, ragged_dot and convolutions. Of a cond the dearest branch counts. A
-    shard_map's body counts once for each device. ValueError for a while loop with products in it
+    shard_map's body counts once for each device. What the compiler drops as unused counts, as it is
+    traced. ValueError for a while loop with products in it
     and no bound that can be read off.
     """
     consts = getattr(jaxpr, "consts", ())
