@@ -39,62 +39,57 @@ def told(tree):
     return found
 
 
-def teacher(root, name, **options):
-    return Model(path=str(root / name), **options)
+def both(root, names, **options):
+    """Teachers of both tasks with these options."""
+    return {t: Model(path=str(root / names.format(t)), **options) for t in ("math", "code")}
 
 
 CASES = {
-    "as it is": {},
-    "a mesh of all axes": {"mesh": Mesh(data=2, fsdp=2, tensor=2)},
-    "adapters": {"lora": Lora(rank=2)},
-    "a teacher that follows": {"follows": 0.9},
-    "a teacher in host memory": {"placement": "host"},
-    "a teacher with a context": {"context": "answer", "prompt_length": 50},
-    "a critic": {"critic": Critic(), "objective": {"credit": "gae(gamma=1.0, lam=0.9)"}},
-    "a lambda by task": {"objective": {"task_lam": {"math": 1.5}}},
-    "completions of the data": {"objective": {"source": "data", "advantage": "imitation"}},
-    "one teacher for both": {"routes": {"code": "math"}},
+    "as it is": lambda root: {},
+    "a mesh of all axes": lambda root: {"mesh": Mesh(data=2, fsdp=2, tensor=2)},
+    "adapters": lambda root: {"lora": Lora(rank=2)},
+    "a teacher that follows": lambda root: {"teachers": both(root, "base", follows=0.9)},
+    "a teacher on the host": lambda root: {"teachers": both(root, "teacher_{}", placement="host")},
+    "a critic": lambda root: {"critic": Critic(), "objective": {"credit": "gae(lam=0.9)"}},
+    "a lambda by task": lambda root: {"objective": {"task_lam": {"math": 1.5}}},
+    "one teacher for both": lambda root: {"routes": {"code": "math"}},
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_abstract_run_has_the_shapes_and_shardings_of_the_real_one(root, name):
-    changes = dict(CASES[name])
-    options = {k: changes.pop(k) for k in ("placement", "context", "prompt_length") if k in changes}
-    if (decay := changes.pop("follows", None)) is not None:
-        changes["teachers"] = {t: teacher(root, "base", follows=decay) for t in ("math", "code")}
-    elif options:
-        named = {t: teacher(root, f"teacher_{t}", **options) for t in ("math", "code")}
-        changes["teachers"] = named
-    config = tiny.config(root, **changes)
+    require_same(tiny.config(root, **CASES[name](root)))
+
+
+@pytest.mark.parametrize("name", ["sft", "opsd"])  # completions of the data; a teacher's context
+def test_so_has_that_of_a_preset_whose_prompts_hold_more(name):
+    require_same(preset(name))
+
+
+def preset(name):
+    names: dict = {}
+    exec((tiny.REPOSITORY / f"configs/{name}.py").read_text(), names)
+    return names["get_config"]("tiny")
+
+
+def require_same(config):
     real, planned = setup.prepare(config), abstract.prepare(config, jax.devices())
     assert told(planned.frozen) == told(real.frozen)
     state = init_state(real.recipe, real.student.params)
     assert told(abstract.state(planned)) == told(state)
     rows = sharding.to_global(real.mesh, advance.prompts_of(real)(0).replace(records=()))
     assert told(planned.prompts) == told(rows)
-    static = ("routes", "mixture", "source", "group_rows", "completion_length", "microbatches")
-    static += (
-        "head_chunk",
-        "ema_decay",
-        "updates",
-        "epochs",
-        "lag",
-        "critic",
-        "student",
-        "teachers",
-    )
-    for field in static:
+    static = "routes mixture source group_rows completion_length microbatches head_chunk ema_decay"
+    static += " updates epochs lag critic student teachers reference temperature"
+    for field in static.split():
         assert getattr(planned.recipe, field) == getattr(real.recipe, field), field
 
 
 @pytest.fixture(scope="module")
 def exopd():
     """The plan of configs/exopd.py:tiny on eight emulated devices."""
-    names: dict = {}
-    exec((tiny.REPOSITORY / "configs/exopd.py").read_text(), names)
     said = []
-    this = plan.plan(names["get_config"]("tiny"), CPU8, names=("fused",), say=said.append)
+    this = plan.plan(preset("exopd"), CPU8, names=("fused",), say=said.append)
     return this, said
 
 
@@ -232,7 +227,7 @@ def test_without_libtpu_the_cure_is_said(monkeypatch):
 def test_a_model_that_is_not_there_is_refused_with_the_names_that_need_no_download(root):
     config = tiny.config(root, student=Model(path="/models/Qwen3-4B"))
     with pytest.raises(
-        ValueError, match="student: '/models/Qwen3-4B' has no config.json"
+        ValueError, match=r"student: '/models/Qwen3-4B' has no config.json"
     ) as caught:
         abstract.prepare(config, jax.devices())
     assert all(name in str(caught.value) for name in PUBLISHED)
@@ -246,7 +241,7 @@ def test_a_mesh_that_does_not_divide_is_refused(root):
     ):
         with pytest.raises(ValueError, match=says):
             abstract.prepare(tiny.config(root, mesh=mesh), jax.devices())
-    with pytest.raises(ValueError, match="12 rows .* do not divide over mesh.data"):
+    with pytest.raises(ValueError, match=r"12 rows .* do not divide over mesh.data"):
         abstract.prepare(tiny.config(root, batch={"prompts": 12}), jax.devices())
 
 
