@@ -145,10 +145,9 @@ def largest(jaxpr, n: int = 4) -> list[tuple[int, str]]:
 
     def walk(jaxpr):
         for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
-            inner = [*_called(eqn.params)]
-            for one in inner:
+            for one in _called(eqn.params):
                 walk(one)
-            for var in () if inner else eqn.outvars:
+            for var in eqn.outvars:  # a scan's too: what its turns leave for the backward pass
                 shape, dtype = getattr(var.aval, "shape", ()), getattr(var.aval, "dtype", None)
                 if shape and dtype is not None:
                     what = f"{dtype.name}[{', '.join(map(str, shape))}] of {eqn.primitive.name}"

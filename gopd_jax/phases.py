@@ -135,7 +135,9 @@ def compiled(run: abstract.Run, program: Program, topology: Topology, *, mfu: fl
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return _refused(program, work, time.perf_counter() - start, str(error))
+        refused = _refused(program, work, time.perf_counter() - start, str(error))
+        estimate = roofline(run, program.name, work, None, topology, mfu=mfu)
+        return dataclasses.replace(refused, estimate=estimate)
     seconds = time.perf_counter() - start
     told = made.memory_analysis()
     arguments = told.argument_size_in_bytes
@@ -192,11 +194,11 @@ def bytes_of(tree) -> int:
 
 
 def roofline(
-    run: abstract.Run, name: str, work: Work, memory: Memory, topology: Topology, *, mfu: float
+    run: abstract.Run, name: str, work: Work, memory: Memory | None, topology: Topology, *, mfu
 ) -> dict[str, float]:
     """Seconds of a phase by what takes them: "decode: HBM", "generate: compute" and so on.
 
-    Of each part the slower of its two limits; {} where nothing is known of the chip. An estimate.
+    memory None: of a phase that does not fit, of which the compute alone is told. Of each part the slower of its two limits; {} where nothing is known of the chip. An estimate.
     """
     chip = topology.chip
     if chip is None:
@@ -210,7 +212,7 @@ def roofline(
     if work.looped.total:
         turns, bytes_ = decode_reads(run)
         _slower(found, "decode", computing(work.looped), turns * bytes_ / chip.bandwidth)
-    touched = memory.arguments + memory.output
+    touched = 0 if memory is None else memory.arguments + memory.output
     rest = "rest of the step" if name == "fused" else name
     _slower(found, rest, computing(work - work.looped), touched / chip.bandwidth)
     return found

@@ -183,6 +183,8 @@ def _estimate(this: Plan) -> list[str]:
         f"{'all of these':<26} {total:10.2f} s, {tokens / total:,.0f} sampled tokens/s; "
         f"most of it is {worst}"
     )
+    if large := [one.name for one in this.too_large]:
+        lines.append(f"  as if {', '.join(large)} did fit")
     return [*lines, *(f"  assumed: {text}" for text in phases.ASSUMED)]
 
 

@@ -61,6 +61,7 @@ def test_the_abstract_run_has_the_shapes_and_shardings_of_the_real_one(root, nam
     require_same(tiny.config(root, **CASES[name](root)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sft", "opsd"])  # completions of the data; a teacher's context
 def test_so_has_that_of_a_preset_whose_prompts_hold_more(name):
     require_same(preset(name))
@@ -150,6 +151,8 @@ def test_the_estimate_is_the_slower_of_compute_and_memory(exopd):
     }
     found = phases.roofline(run, "score", Work(float32=8e12), memory, topology, mfu=0.5)
     assert found == {"score: compute": pytest.approx(6 * 8e12 / (8 * 1e12 * 0.5))}
+    refused = phases.roofline(run, "score", Work(float32=8e12), None, topology, mfu=0.5)
+    assert refused == found  # what it computes is known all the same
 
 
 def test_the_planned_cache_is_the_samplers(make_model, make_mesh):
@@ -197,6 +200,34 @@ def test_the_changes_that_are_tried_are_single_and_the_first_that_fits_is_named(
         "--config.batch.head_chunk=4",
         "--config.batch.head_chunk=2",
     ]
+
+
+def refusal(text):
+    """What phases makes of a message of the compiler, for a program of one large product."""
+    traced = jax.jit(lambda x: jax.lax.scan(lambda c, _: (c @ c, c), x, None, 3)).trace(
+        np.ones((8, 8))
+    )
+    return phases._refused(phases.Program(name="update", traced=traced, held=()), Work(), 1.0, text)
+
+
+def test_a_refusal_tells_what_was_needed_and_the_largest_buffers():
+    short = (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+        "temporaries (94.20G) exceeds available HBM (15.75G)."
+    )
+    found = refusal(short)
+    assert found.needed == pytest.approx(94.2 * 2**30, rel=1e-6)
+    assert "float32[3, 8, 8] of scan" in found.buffers[0]  # all turns' results: not one turn's
+    listed = (
+        "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm.\n\n"
+        "  Largest program allocations in hbm:\n\n  1. Size: 9.00G\n"
+        '     Operator: op_name="jit(f)/while/body/dot_general" source_file="x.py"\n'
+        "     Shape: f32[28,1,8]{2,1,0:T(8,128)}\n     Unpadded size: 9.00G\n"
+    )
+    found = refusal(listed)
+    assert found.needed == pytest.approx(20.5 * 2**30, rel=1e-6)
+    assert found.buffers[0].startswith("9.00G f32[28,1,8]{2,1,0:T(8,128)} ")
+    assert "dot_general" in found.buffers[0]
 
 
 # --- wrong input
