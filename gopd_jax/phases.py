@@ -198,7 +198,8 @@ def roofline(
 ) -> dict[str, float]:
     """Seconds of a phase by what takes them: "decode: HBM", "generate: compute" and so on.
 
-    memory None: of a phase that does not fit, of which the compute alone is told. Of each part the slower of its two limits; {} where nothing is known of the chip. An estimate.
+    Of each part the slower of its two limits; {} where nothing is known of the chip. memory None:
+    of a phase that does not fit, whose compute alone is told. An estimate.
     """
     chip = topology.chip
     if chip is None:
