@@ -15,6 +15,7 @@ from gopd_jax.chips import Chip, Topology
 from gopd_jax.config import Critic, Lora, Mesh, Model
 from gopd_jax.flops import Work
 from gopd_jax.models import decoder as lm
+from gopd_jax.models import hf
 from gopd_jax.models import params as lm_params
 from gopd_jax.models.published import PUBLISHED
 from gopd_jax.recipe import init_state
@@ -25,8 +26,14 @@ CHIP = Chip(flops=1e12, bandwidth=1e9, usable=2**30, source="made up")
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
+    """As tiny.build, two of its models in bfloat16: the student is loaded in float32 all the same,
+    and so is the reference, which is the same directory."""
     root = tmp_path_factory.mktemp("plan")
     tiny.build(root)
+    for name in ("base", "teacher_math"):
+        params = lm_params.init(tiny.CFG, jax.random.key(0))
+        options = {"dtype": "bfloat16", "tokenizer_dir": root / "tokenizer"}
+        hf.save(root / name, tiny.CFG, params, **options)
     return root
 
 
