@@ -226,15 +226,18 @@ def turns(eqn, known: _Known) -> int:
 
 
 def _required(cond) -> list:
-    """The equations that all have to be true for the condition to be: through every `and`."""
+    """The equations that all have to be true for the condition to be: through every `and`, and
+    through conversions of a bool to one, which weak types leave."""
     made = {eqn.outvars[0]: eqn for eqn in cond.eqns}
     found, ahead = [], [cond.outvars[0]]
     while ahead:
         eqn = made.get(ahead.pop())
         if eqn is None:
             continue
-        if eqn.primitive.name == "and":
-            ahead += [v for v in eqn.invars if not isinstance(v, core.Literal)]
+        name, of = eqn.primitive.name, [v for v in eqn.invars if not isinstance(v, core.Literal)]
+        same = name == "convert_element_type" and all(v.aval.dtype == bool for v in of)
+        if name == "and" or same:
+            ahead += of
         elif len(eqn.invars) == 2:
             found.append(eqn)
     return found
