@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 
@@ -318,9 +319,12 @@ def test_a_published_shape_has_as_many_parameters_as_its_model(name, billions):
 
 
 def command(*arguments):
+    environment = tiny.environment()
+    given = os.environ.get("PYTHONPATH", "")  # where libtpu may be
+    environment["PYTHONPATH"] = os.pathsep.join([environment["PYTHONPATH"], given])
     return subprocess.run(
         [sys.executable, "-m", "gopd_jax.plan", *arguments],
-        env=tiny.environment(),
+        env=environment,
         cwd=tiny.REPOSITORY,
         capture_output=True,
         text=True,
