@@ -190,12 +190,13 @@ class Config:
     preflight: str = "refuse"  # what follows a failed check before step 0: refuse, warn; or off
     profile: str | None = None  # steps "10:13" to trace with the JAX profiler; None: no trace
 
-    def problems(self) -> list[str]:
+    def problems(self, *, files: bool = True) -> list[str]:
         """Everything wrong with these settings that can be told without loading anything.
 
-        A setting of the wrong type is reported alone: the other checks rely on the types.
+        A setting of the wrong type is reported alone: the other checks rely on the types. files
+        False: leave out whether models, data and workdir are there.
         """
-        return problems.find(self)
+        return problems.find(self, files=files)
 
     def notes(self) -> list[str]:
         """Settings that are allowed and have no effect in this run, for the log."""

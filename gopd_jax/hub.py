@@ -58,20 +58,34 @@ def locate(path: str) -> Located:
     """
     if (named := parse(str(path))) is None:
         return Located(Path(path), str(path))
+    repo, revision = named
+    directory = _had(repo, revision, allow_patterns=ALLOWED, ignore_patterns=IGNORED)
+    # The cache names a snapshot's directory after its commit.
+    return Located(Path(directory), f"{repo}@{Path(directory).name}")
+
+
+def fetch(path: str, file: str) -> Path:
+    """One file of a name on the hub. ValueError where the hub does not have it, as in `locate`."""
+    if (named := parse(path)) is None:
+        raise ValueError(f"{path!r} is no name on the hub")
+    file_of_repo = Path(_had(*named, allow_patterns=(file,))) / file
+    if not file_of_repo.is_file():
+        raise ValueError(f"{path!r} on the Hugging Face hub has no {file}; correct the name")
+    return file_of_repo
+
+
+def _had(repo: str, revision: str, **patterns) -> str:
+    """The directory of a snapshot; ValueError with the cure where it cannot be had."""
     import huggingface_hub  # takes a while, and most runs read directories
 
-    repo, revision = named
     try:
-        directory = huggingface_hub.snapshot_download(
-            repo, revision=revision, allow_patterns=ALLOWED, ignore_patterns=IGNORED
-        )
+        return huggingface_hub.snapshot_download(repo, revision=revision, **patterns)
     except (OSError, ValueError) as error:  # which all of the library's are, and those of the disk
         why = " ".join(str(error).split())
+        given = repo if revision == "main" else f"{repo}@{revision}"
         raise ValueError(
-            f"{path!r} is no directory here, and could not be had from the Hugging Face hub: "
+            f"{given!r} is no directory here, and could not be had from the Hugging Face hub: "
             f"{type(error).__name__}: {why[:300]}\nCorrect the path, or download it where there is "
             f"a network (after `hf auth login` if it is gated) and give that directory: "
             f"hf download {repo} --revision {revision} --local-dir DIR"
         ) from error
-    # The cache names a snapshot's directory after its commit.
-    return Located(Path(directory), f"{repo}@{Path(directory).name}")

@@ -29,16 +29,21 @@ MAY_BE_NEGATIVE = ("objective.veto",)
 BELOW_ONE = ("optimizer.b1", "optimizer.b2", "follows")
 
 
-def find(config) -> list[str]:
-    """Every problem; those of type alone where there are any, because the rest relies on them."""
+def find(config, *, files: bool = True) -> list[str]:
+    """Every problem; those of type alone where there are any, because the rest relies on them.
+
+    files False: without those that look at this machine's disk, for a run that is only planned.
+    """
     if wrong := [
         f"{key} is {value!r}, a {type(value).__name__}; it takes {_spelled(kind)}"
         for key, value, kind in leaves(config)
         if not _is(value, kind)
     ]:
         return wrong
-    checks = (_numbers, _choices, method.find, _views, _models, _data, _batch, _times)
-    return [problem for check in (*checks, _workdir) for problem in check(config)]
+    checks = (_numbers, _choices, method.find, _views, _models, _tasks, _sources, _batch)
+    checks = (*checks, _times, _workdir)
+    used = [check for check in checks if files or check not in (_models, _sources, _workdir)]
+    return [problem for check in used for problem in check(config)]
 
 
 def unused(config) -> list[str]:
@@ -178,7 +183,7 @@ def _models(c) -> Iterator[str]:
             )
 
 
-def _data(c) -> Iterator[str]:
+def _tasks(c) -> Iterator[str]:
     tasks = c.data.tasks
     if not tasks:
         yield "data.tasks is (); name at least one task, --config.data.tasks='(\"math\",)'"
@@ -189,6 +194,9 @@ def _data(c) -> Iterator[str]:
             f"data.tasks is {tasks}, and {odd} is no name of a task; several are written "
             '--config.data.tasks=\'("math", "code")\''
         )
+
+
+def _sources(c) -> Iterator[str]:
     for key, source in (("data.train", c.data.train), ("data.test", c.data.test)):
         is_file = Path(source).suffix in (".jsonl", ".parquet")
         if is_file and not Path(source).is_file():

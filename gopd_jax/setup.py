@@ -63,7 +63,7 @@ class Run:
 def prepare(config: settings.Config) -> Run:
     """Load and check. ValueError with every problem that a stage can tell, and its cure."""
     c = config
-    mesh = _checked_mesh(c)
+    mesh = checked_mesh(c)
     goal = objective.build(**method.settings(c))
     uses_teachers = goal.teacher or c.objective.source == "teacher"
     models = {n.replace("teachers.", "teacher:"): model for n, model in method.roles(c).items()}
@@ -93,16 +93,21 @@ def prepare(config: settings.Config) -> Run:
     )
 
 
-def _checked_mesh(c: settings.Config) -> jax.sharding.Mesh:
-    """The mesh. ValueError with every problem of the settings, the devices and the batch."""
-    problems = c.problems()
+def checked_mesh(c: settings.Config, *, devices=None, files: bool = True) -> jax.sharding.Mesh:
+    """The mesh over `devices` (None: all). ValueError with every problem of settings and batch.
+
+    files False: for a program that is only compiled, whatever there is on this machine.
+    """
+    problems = c.problems(files=files)
     sizes = (c.mesh.data or 1, c.mesh.fsdp, c.mesh.tensor, c.batch.prompts, c.batch.rollouts)
     if not all(isinstance(size, int) and size > 0 for size in sizes):
         _refuse(problems)  # which has them
-    mesh = _try(problems, sharding.make_mesh, c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
+    axes = c.mesh.data, c.mesh.fsdp, c.mesh.tensor
+    mesh = _try(problems, sharding.make_mesh, *axes, devices=devices)
     rows = c.batch.prompts * c.batch.rollouts
     if mesh is not None:
-        share = _try(problems, sharding.process_share, mesh, rows)
+        check = sharding.process_share if files else sharding.require_rows
+        share = _try(problems, check, mesh, rows)
         shards, pieces = sharding.n_row_shards(mesh), c.batch.microbatches
         if share and pieces > 0 and not rows % pieces and rows // pieces % shards:
             problems.append(
@@ -145,7 +150,7 @@ def _load_roles(models: dict[str, settings.Model], mesh, c, problems) -> dict[st
         if key not in loaded:
             loaded[key] = _try(problems, _load, name, model, at, dtype, mesh, c, says=f"{name}: ")
         elif loaded[key] is not None:  # for a role that may read more of the same model
-            _try(problems, _check_context, name, model, loaded[key][0], c, says=f"{name}: ")
+            _try(problems, check_context, name, model, loaded[key][0], c, says=f"{name}: ")
         wide = width if name.startswith("teacher:") else None
         reader = _try(problems, _reader, name, model, loaded[key], c, wide, says=f"{name}: ")
         if loaded[key] is None or reader is None:
@@ -207,7 +212,7 @@ def _load(name: str, model: settings.Model, at: hub.Located, dtype: str, mesh, c
     cfg = hf.load_config(at.directory)
     axes = lm_params.logical_axes(cfg)
     problems = sharding.mesh_problems(mesh, lm_params.abstract_params(cfg), axes, role=name)
-    _try(problems, _check_context, name, model, cfg, c)
+    _try(problems, check_context, name, model, cfg, c)
     chat = tokenizers.load(at.directory)
     problems += chat.fits(cfg.vocab_size)
     if problems:
@@ -227,7 +232,7 @@ def _load(name: str, model: settings.Model, at: hub.Located, dtype: str, mesh, c
     return cfg, params, hf.weights_digest(at.directory, **sharding.shared_work()), chat
 
 
-def _check_context(name: str, model: settings.Model, cfg: ModelConfig, c) -> None:
+def check_context(name: str, model: settings.Model, cfg: ModelConfig, c) -> None:
     length = _length(model, c) + c.sampling.completion_length
     if length > cfg.max_position_embeddings:
         raise ValueError(

@@ -105,16 +105,22 @@ def n_row_shards(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def process_share(mesh: Mesh, n_rows: int) -> tuple[int, int]:
-    """(i, n): this process feeds the i-th of n equal runs of rows.
-
-    ValueError where the rows do not divide over the mesh.
-    """
+def require_rows(mesh: Mesh, n_rows: int) -> int:
+    """Rows of each shard. ValueError where the rows do not divide over the mesh."""
     if n_rows % n_row_shards(mesh):
         raise ValueError(
             f"{n_rows} rows (batch.prompts * batch.rollouts) do not divide over mesh.data * "
             f"mesh.fsdp = {mesh.shape['data']} * {mesh.shape['fsdp']}"
         )
+    return n_rows // n_row_shards(mesh)
+
+
+def process_share(mesh: Mesh, n_rows: int) -> tuple[int, int]:
+    """(i, n): this process feeds the i-th of n equal runs of rows.
+
+    ValueError where the rows do not divide over the mesh.
+    """
+    require_rows(mesh, n_rows)
     spans = by_rows(mesh).addressable_devices_indices_map((n_rows,)).values()
     starts = sorted({span[0].start or 0 for span in spans})
     stops = sorted({n_rows if span[0].stop is None else span[0].stop for span in spans})

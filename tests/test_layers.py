@@ -11,7 +11,10 @@ PACKAGE = Path(__file__).resolve().parents[1] / "gopd_jax"
 LAYERS = (
     ("spec", "types"),
     ("objectives", "verifiers", "microworld"),
-    ("hub", "config", "problems", "method", "sharding", "microworld.preset"),
+    (
+        *("hub", "config", "problems", "method", "sharding", "microworld.preset"),
+        *("chips", "flops", "collectives"),
+    ),
     ("models",),
     ("sampler", "scoring", "records", "reader", "data", "rows", "checkpoint"),
     ("batching", "optimizer", "critic"),
@@ -21,10 +24,11 @@ LAYERS = (
     ("step", "evaluate", "metrics", "evidence", "advice", "signals", "card"),
     ("diagnose", "assembly"),
     ("setup",),
-    ("probe", "preflight", "results", "advance"),
+    ("probe", "preflight", "results", "advance", "abstract"),
+    ("phases",),
     ("train",),
     (
-        *("main", "score", "generate", "command", "expo", "export"),
+        *("main", "score", "generate", "command", "expo", "export", "plan"),
         *("report", "checklist", "account", "plots", "charts"),
     ),
     (

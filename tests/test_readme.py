@@ -12,11 +12,12 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-import gopd_jax.main  # noqa: F401  its flags are defined on import
+import gopd_jax.plan  # noqa: F401  its flags and those of main are defined on import
 from gopd_jax import generate, score
 from gopd_jax.config import Config, Lora
 from gopd_jax.records import plain, record
 
+CONFIGS = ("gopd_jax.main", "gopd_jax.plan")  # commands that take --config
 ROWS = {"gopd_jax.score": score, "gopd_jax.generate": generate}  # commands with absl's flags
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -64,8 +65,8 @@ def test_the_modules_that_it_runs_exist():
     assert [name for name in modules if importlib.util.find_spec(name) is None] == []
 
 
-@pytest.mark.parametrize("words", of_module("gopd_jax.main"), ids=" ".join)
-def test_every_flag_of_main_is_accepted(words, monkeypatch):
+@pytest.mark.parametrize("words", [w for n in CONFIGS for w in of_module(n)], ids=" ".join)
+def test_every_flag_of_a_command_with_a_config_is_accepted(words, monkeypatch):
     assert isinstance(parsed(words, monkeypatch), Config)
     other = [re.match(r"--(\w+)", word)[1] for word in words if not word.startswith("--config")]
     assert [name for name in other if name not in flags.FLAGS] == []
@@ -88,7 +89,7 @@ def test_settings_and_presets_in_its_text_are_accepted(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", sorted({words[2] for words in commands()} - {"gopd_jax.main", "pytest", *ROWS})
+    "name", sorted({words[2] for words in commands()} - {"pytest", *CONFIGS, *ROWS})
 )
 def test_flags_of_the_other_programs_are_theirs(name):
     source = Path(importlib.util.find_spec(name).origin).read_text()

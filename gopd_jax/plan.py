@@ -1,0 +1,308 @@
+"""`python -m gopd_jax.plan --config=configs/qwen3.py --topology=v5p:4x4x4`: does it fit?
+
+Compiles the step of a config for a slice of TPUs that need not be there, on any CPU, and says per
+phase what it takes of a chip's memory and about how long it would run. Models are read from their
+config.json; weights, tokenizers and data are not needed. Exit status: 0 if it fits, 1 if not, 2 for
+wrong input.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import sys
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+
+from absl import app, flags
+from rich.console import Console
+
+from gopd_jax import abstract, chips, phases
+from gopd_jax import config as settings
+from gopd_jax.chips import GIB, Topology
+from gopd_jax.main import CONFIG, WRONG_INPUT, parse
+from gopd_jax.phases import PHASES, Compiled
+
+TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "What to compile for: v5e:4x4, v5p:4x4x4, v6e:8x8; or cpu:8, emulated."
+)
+PHASE = flags.DEFINE_list("phase", None, f"Only these of {', '.join(PHASES)}; unset, all four.")
+MFU = flags.DEFINE_float("mfu", 0.5, "Of the chip's peak, that products are assumed to reach.")
+JSON = flags.DEFINE_string("json", None, "File to write all figures to.")
+CHANGES = flags.DEFINE_bool("changes", True, "Where it does not fit, look for a change that does.")
+
+DOES_NOT_FIT = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The compiler's answers for a config on a topology."""
+
+    config: settings.Config
+    run: abstract.Run
+    topology: Topology
+    found: tuple[Compiled, ...]
+
+    @property
+    def too_large(self) -> list[Compiled]:
+        """The phases that do not fit, where a limit is known."""
+        chip = self.topology.chip
+        return [] if chip is None else [one for one in self.found if not one.fits(chip.usable)]
+
+
+def plan(
+    config: settings.Config,
+    topology: Topology,
+    *,
+    names: tuple[str, ...] = PHASES,
+    mfu: float = 0.5,
+    say=lambda text: None,
+) -> Plan:
+    """Compile the phases. say gets a line before and after each compilation.
+
+    ValueError with every problem of config, models and mesh.
+    """
+    if not 0 < mfu <= 1:
+        raise ValueError(f"--mfu is {mfu}; it is above 0 and at most 1")
+    if unknown := [name for name in names if name not in PHASES]:
+        raise ValueError(f"--phase has {unknown}; the phases are {list(PHASES)}")
+    run = abstract.prepare(config, topology.devices)
+    if run.recipe.objective.reward:  # the host works between the stages
+        names = tuple(name for name in names if name != "fused")
+    if not names:
+        raise ValueError(
+            "--phase=fused, and the objective has a verifier's reward, which the host computes "
+            f"between the stages; there are {list(PHASES[:3])}"
+        )
+    found = []
+    say(f"tracing {', '.join(names)}")
+    for program in phases.programs(run, names):
+        say(f"compiling {program.name} ({len(found) + 1}/{len(names)}) for {topology.name}")
+        found.append(phases.compiled(run, program, topology, mfu=mfu))
+        say(f"{program.name}: {_outcome(found[-1], topology)}, {found[-1].seconds:.0f} s")
+    return Plan(config=config, run=run, topology=topology, found=tuple(found))
+
+
+def changes(c: settings.Config, mesh) -> Iterator[tuple[str, settings.Config]]:
+    """(as flags, the config) of single changes that take less memory, the mildest first."""
+    pieces, chunk, prompts = c.batch.microbatches, c.batch.head_chunk, c.batch.prompts
+    n_data, n_fsdp, n_tensor = mesh.devices.shape
+    if not c.batch.remat:
+        yield _changed(c, {"batch.remat": True})
+    for factor in (2, 4):
+        yield _changed(c, {"batch.microbatches": pieces * factor})
+    for factor in (2, 4):
+        if chunk % factor == 0:
+            yield _changed(c, {"batch.head_chunk": chunk // factor})
+    if n_data % 2 == 0:
+        yield _changed(c, {"mesh.data": n_data // 2, "mesh.fsdp": 2 * n_fsdp})
+    for factor in (2, 4):
+        if prompts % factor == 0:
+            yield _changed(c, {"batch.prompts": prompts // factor})
+
+
+def _changed(c: settings.Config, values: dict) -> tuple[str, settings.Config]:
+    made = copy.deepcopy(c)
+    for key, value in values.items():
+        section, name = key.split(".")
+        setattr(getattr(made, section), name, value)
+    return " ".join(f"--config.{key}={value}" for key, value in values.items()), made
+
+
+def first_that_fits(this: Plan, *, mfu: float, say) -> tuple[str | None, list[str]]:
+    """(flags of the first single change under which all that failed fits, those that do not).
+
+    Changes that make no sense with the mesh or the batch are left out.
+    """
+    names, tried = tuple(one.name for one in this.too_large), []
+    for told, config in changes(this.config, this.run.recipe.mesh):
+        try:
+            abstract.prepare(config, this.topology.devices)
+        except ValueError:
+            continue
+        say(f"trying {told}")
+        again = plan(config, this.topology, names=names, mfu=mfu, say=say)
+        if not again.too_large:
+            return told, tried
+        tried.append(told)
+    return None, tried
+
+
+# --- what is told
+
+
+def report(this: Plan) -> str:
+    """The figures as text."""
+    run, topology = this.run, this.topology
+    c, mesh, chip = this.config, run.recipe.mesh, topology.chip
+    axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    rows = sum(run.recipe.group_rows)
+    limit = "no limit is known" if chip is None else f"of {chip.usable / GIB:.2f} GiB"
+    lines = [
+        f"{topology.name}: {len(topology.devices)} devices, mesh {axes}; {rows} rows of "
+        f"{c.data.prompt_length} + {c.sampling.completion_length} tokens",
+        *(f"  {name:<18} {_role(role)}" for name, role in run.roles.items()),
+        "",
+        f"GiB of a device   arguments  temporaries  output  beside    peak {limit}",
+    ]
+    for one in this.found:
+        if (m := one.memory) is None:
+            needs = "" if one.needed is None else f"needs {one.needed / GIB:.2f} and "
+            lines.append(f"{one.name:<17} {needs}does not fit: {one.exhausted}")
+            lines += [f"                    {what}" for what in one.buffers]
+            continue
+        sizes = m.arguments, m.temporaries, m.output - m.aliased, m.beside, m.peak
+        shown = [f"{size / GIB:{width}.3f}" for size, width in zip(sizes, (9, 13, 8, 8, 8))]
+        verdict = "" if chip is None else ("  fits" if one.fits(chip.usable) else "  does not fit")
+        lines.append(f"{one.name:<17} {''.join(shown)}{verdict}")
+    lines += ["", "FLOPs of all devices; bytes that one device receives (HLO, a cross-check)"]
+    for one in this.found:
+        sent = ", ".join(f"{kind} {n / GIB:.3f} GiB" for kind, n in one.sent.items() if n > 2**20)
+        lines.append(f"{one.name:<17} {one.work.total / 1e12:10.3f} TFLOP  {sent}".rstrip())
+    if run.recipe.source != "data":
+        turns, size = phases.decode_reads(run)
+        lines.append(
+            f"{'decode':<17} reads {size / GIB:.3f} GiB of HBM a device for each of "
+            f"{turns + 1} tokens of a row"
+        )
+    return "\n".join([*lines, *_estimate(this)])
+
+
+def _estimate(this: Plan) -> list[str]:
+    """Seconds of the step, of the fused program or of the stages, and what takes most of them."""
+    parts = parts_of(this)
+    if not parts:
+        return []
+    total = sum(parts.values())
+    recipe = this.run.recipe
+    tokens = sum(recipe.group_rows) * recipe.completion_length
+    lines = ["", "ESTIMATE of seconds, a roofline (nothing was run)"]
+    lines += [f"{name:<26} {seconds:10.2f} s" for name, seconds in parts.items()]
+    worst = max(parts, key=parts.get)
+    lines.append(
+        f"{'all of these':<26} {total:10.2f} s, {tokens / total:,.0f} sampled tokens/s; "
+        f"most of it is {worst}"
+    )
+    if large := [one.name for one in this.too_large]:
+        lines.append(f"  as if {', '.join(large)} did fit")
+    return [*lines, *(f"  assumed: {text}" for text in phases.ASSUMED)]
+
+
+def parts_of(this: Plan) -> dict[str, float]:
+    """Seconds by part: of the stages where there are all, else of what was compiled."""
+    found = {one.name: one.estimate for one in this.found if one.estimate}
+    stages = [found[name] for name in PHASES[:3] if name in found]
+    chosen = stages if len(stages) == 3 or "fused" not in found else [found["fused"]]
+    return {name: seconds for part in chosen for name, seconds in part.items()}
+
+
+def to_json(this: Plan, verdict: str, change: str | None) -> dict:
+    """Everything that `report` tells, as plain values in bytes, FLOPs and seconds."""
+    chip, mesh = this.topology.chip, this.run.recipe.mesh
+    rows = {}
+    for one in this.found:
+        memory = None if one.memory is None else dataclasses.asdict(one.memory)
+        rows[one.name] = {
+            "compile_seconds": one.seconds,
+            "memory": memory and memory | {"peak": one.memory.peak},
+            "fits": None if chip is None else one.fits(chip.usable),
+            "needed": one.needed,
+            "exhausted": one.exhausted,
+            "buffers": list(one.buffers),
+            "flops": {"narrow": one.work.narrow, "float32": one.work.float32},
+            "collective_bytes_from_hlo": one.sent,
+            "estimated_seconds": one.estimate,
+        }
+    return {
+        "topology": this.topology.name,
+        "devices": len(this.topology.devices),
+        "mesh": dict(mesh.shape),
+        "usable_bytes": None if chip is None else chip.usable,
+        "phases": rows,
+        "estimated_seconds": parts_of(this),
+        "assumed": list(phases.ASSUMED),
+        "verdict": verdict,
+        "change_that_fits": change,
+        "config": settings.to_dict(this.config),
+    }
+
+
+def _role(role: abstract.Role) -> str:
+    cfg = role.decoder.cfg
+    shape = f"{cfg.architecture}, {cfg.num_hidden_layers} layers of {cfg.hidden_size}"
+    size = sum(x.size for x in abstract.leaves(role.params)) / 1e9
+    kept = "follows the student" if role.params is None else f"{size:.2f} G params, {role.stored}"
+    return f"{shape}, {kept}, computes in {role.decoder.dtype}"
+
+
+def _outcome(one: Compiled, topology: Topology) -> str:
+    if one.memory is None:
+        return "does not fit"
+    of = "" if topology.chip is None else f" of {topology.chip.usable / GIB:.2f}"
+    return f"compiled, {one.memory.peak / GIB:.3f}{of} GiB"
+
+
+def verdict_of(this: Plan) -> str:
+    """One line: whether what was compiled fits, and what training would run."""
+    chip, names = this.topology.chip, [one.name for one in this.found]
+    if chip is None:
+        return f"compiled for {this.topology.name}, which says nothing about a chip's memory"
+    runs = [name for name in phases.used_by(this.run) if name not in names]
+    unseen = f"; training runs {runs}, which --phase left out" if runs else ""
+    if large := [one.name for one in this.too_large]:
+        return f"does not fit: {', '.join(large)} on {this.topology.name}{unseen}"
+    return f"fits: {', '.join(names)} on {this.topology.name}{unseen}"
+
+
+# --- the command
+
+
+def main(argv):
+    """The plan of --config on --topology."""
+    if len(argv) > 1:
+        _refuse(f"unexpected arguments {argv[1:]}; settings are --config.key=value")
+    console = Console(stderr=True)
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    config = CONFIG.value
+    names = PHASES if PHASE.value is None else tuple(n for n in PHASES if n in PHASE.value)
+    try:
+        if TOPOLOGY.value is None:
+            raise ValueError(f"--topology has to be given; {chips.FORM}")
+        if unknown := [name for name in PHASE.value or () if name not in PHASES]:
+            raise ValueError(f"--phase has {unknown}; the phases are {list(PHASES)}")
+        chips.without_accelerator(TOPOLOGY.value)
+        topology = chips.topology(TOPOLOGY.value)
+        this = plan(config, topology, names=names, mfu=MFU.value, say=say)
+    except (ValueError, OSError) as error:
+        _refuse(error)
+    print(report(this), flush=True)
+    verdict, change = verdict_of(this), None
+    print(f"\n{verdict}", flush=True)
+    if this.too_large and CHANGES.value:
+        change, tried = first_that_fits(this, mfu=MFU.value, say=say)
+        if tried:
+            print("does not fit with:\n" + "\n".join(f"  {told}" for told in tried))
+        told = f"fits with: {change}" if change else "no single change that was tried fits"
+        print(told)
+    if JSON.value:
+        file = Path(JSON.value)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(to_json(this, verdict, change), indent=2) + "\n")
+    sys.exit(DOES_NOT_FIT if this.too_large else 0)
+
+
+def _refuse(reason) -> typing.NoReturn:
+    print(f"\n{reason}", file=sys.stderr)
+    sys.exit(WRONG_INPUT)
+
+
+if __name__ == "__main__":
+    try:
+        app.run(main, flags_parser=parse)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,395 @@
+"""The plan of a run: its shapes against the real ones, its bytes against the compiler's."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from gopd_jax import abstract, advance, chips, phases, plan, setup, sharding
+from gopd_jax.chips import Chip, Topology
+from gopd_jax.config import Critic, Lora, Mesh, Model
+from gopd_jax.flops import Work
+from gopd_jax.models import decoder as lm
+from gopd_jax.models import hf
+from gopd_jax.models import params as lm_params
+from gopd_jax.models.published import PUBLISHED
+from gopd_jax.recipe import init_state
+
+CPU8 = Topology(name="cpu:8", devices=tuple(jax.devices()), chip=None)
+CHIP = Chip(flops=1e12, bandwidth=1e9, usable=2**30, source="made up")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """As tiny.build, two of its models in bfloat16: the student is loaded in float32 all the same,
+    and so is the reference, which is the same directory."""
+    root = tmp_path_factory.mktemp("plan")
+    tiny.build(root)
+    for name in ("base", "teacher_math"):
+        params = lm_params.init(tiny.CFG, jax.random.key(0))
+        options = {"dtype": "bfloat16", "tokenizer_dir": root / "tokenizer"}
+        hf.save(root / name, tiny.CFG, params, **options)
+    return root
+
+
+def told(tree):
+    """Shape, dtype, sharding and memory of each array, by its path."""
+    found = {}
+    for path, x in jax.tree_util.tree_leaves_with_path(tree):
+        where = x.sharding.shard_shape(x.shape), x.sharding.memory_kind
+        found[jax.tree_util.keystr(path)] = x.shape, str(x.dtype), *where
+    return found
+
+
+def both(root, names, **options):
+    """Teachers of both tasks with these options."""
+    return {t: Model(path=str(root / names.format(t)), **options) for t in ("math", "code")}
+
+
+CASES = {
+    "as it is": lambda root: {},
+    "a mesh of all axes": lambda root: {"mesh": Mesh(data=2, fsdp=2, tensor=2)},
+    "adapters": lambda root: {"lora": Lora(rank=2)},
+    "a teacher that follows": lambda root: {"teachers": both(root, "base", follows=0.9)},
+    "a teacher on the host": lambda root: {"teachers": both(root, "teacher_{}", placement="host")},
+    "a critic": lambda root: {"critic": Critic(), "objective": {"credit": "gae(lam=0.9)"}},
+    "a lambda by task": lambda root: {"objective": {"task_lam": {"math": 1.5}}},
+    "one teacher for both": lambda root: {"routes": {"code": "math"}},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_abstract_run_has_the_shapes_and_shardings_of_the_real_one(root, name):
+    require_same(tiny.config(root, **CASES[name](root)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sft", "opsd"])  # completions of the data; a teacher's context
+def test_so_has_that_of_a_preset_whose_prompts_hold_more(name):
+    require_same(preset(name))
+
+
+def preset(name):
+    names: dict = {}
+    exec((tiny.REPOSITORY / f"configs/{name}.py").read_text(), names)
+    return names["get_config"]("tiny")
+
+
+def require_same(config):
+    real, planned = setup.prepare(config), abstract.prepare(config, jax.devices())
+    assert told(planned.frozen) == told(real.frozen)
+    state = init_state(real.recipe, real.student.params)
+    assert told(abstract.state(planned)) == told(state)
+    rows = sharding.to_global(real.mesh, advance.prompts_of(real)(0).replace(records=()))
+    assert told(planned.prompts) == told(rows)
+    static = "routes mixture source group_rows completion_length microbatches head_chunk ema_decay"
+    static += " updates epochs lag critic student teachers reference temperature"
+    for field in static.split():
+        assert getattr(planned.recipe, field) == getattr(real.recipe, field), field
+
+
+@pytest.fixture(scope="module")
+def exopd():
+    """The plan of configs/exopd.py:tiny on eight emulated devices."""
+    said = []
+    this = plan.plan(preset("exopd"), CPU8, names=("fused",), say=said.append)
+    return this, said
+
+
+def test_the_fused_steps_arguments_are_state_frozen_models_and_prompts(exopd):
+    this, said = exopd
+    run, (one,) = this.run, this.found
+    parts = abstract.state(run), run.frozen, run.prompts, run.key
+    assert one.memory.arguments == sum(map(phases.bytes_of, parts))
+    weights = sum(x.size for x in jax.tree.leaves(run.frozen.reference))
+    # float32: the student, its two moments, two teachers, the reference, which is the first student
+    assert one.memory.arguments == pytest.approx(6 * 4 * weights, rel=0.01)
+    assert one.memory.beside == 0
+    assert one.memory.temporaries > 0
+    assert any("compiling fused (1/1)" in text for text in said)
+
+
+def test_a_donated_state_is_counted_once(exopd):
+    this, _ = exopd
+    memory = this.found[0].memory
+    assert memory.aliased == pytest.approx(phases.bytes_of(abstract.state(this.run)), rel=0.01)
+    assert memory.peak < memory.arguments + memory.temporaries + memory.output
+
+
+def test_the_report_names_what_it_assumes_and_gives_no_verdict_without_a_chip(exopd):
+    this, _ = exopd
+    text = plan.report(this)
+    assert "8 rows of 44 + 36 tokens" in text
+    assert "fused" in text
+    assert "fits" not in text
+    assert "says nothing about a chip's memory" in plan.verdict_of(this)
+    values = json.loads(json.dumps(plan.to_json(this, "", None)))
+    assert values["phases"]["fused"]["memory"]["peak"] == this.found[0].memory.peak
+    assert values["phases"]["fused"]["fits"] is None
+
+
+def test_a_phase_fits_up_to_the_chips_last_byte(exopd):
+    this, _ = exopd
+    peak = this.found[0].memory.peak
+    for usable, large in ((peak, []), (peak - 1, ["fused"])):
+        chip = dataclasses.replace(CHIP, usable=usable)
+        there = dataclasses.replace(this, topology=dataclasses.replace(CPU8, chip=chip))
+        assert [one.name for one in there.too_large] == large
+        assert plan.verdict_of(there).startswith("does not fit: fused" if large else "fits: fused")
+
+
+def test_the_estimate_is_the_slower_of_compute_and_memory(exopd):
+    this, _ = exopd
+    run, memory = this.run, this.found[0].memory
+    topology = dataclasses.replace(CPU8, chip=CHIP)
+    rest, looped = Work(narrow=8e12, float32=0.0), Work(narrow=0.0, float32=8e9)
+    work = Work(rest.narrow, looped.float32, in_loops=looped)
+    found = phases.roofline(run, "fused", work, memory, topology, mfu=0.5)
+    weights = sum(x.size for x in jax.tree.leaves(run.frozen.reference))  # tied: all are read
+    cache = 2 * 4 * 1 * 2 * (44 + 36) * 32  # layers, rows, heads, slots, width of a device
+    assert found == {
+        "decode: HBM": pytest.approx(35 * 4 * (weights + cache) / 1e9),
+        "rest of the step: compute": pytest.approx(8e12 / (8 * 1e12 * 0.5)),
+    }
+    found = phases.roofline(run, "score", Work(float32=8e12), memory, topology, mfu=0.5)
+    assert found == {"score: compute": pytest.approx(6 * 8e12 / (8 * 1e12 * 0.5))}
+    refused = phases.roofline(run, "score", Work(float32=8e12), None, topology, mfu=0.5)
+    assert refused == found  # what it computes is known all the same
+
+
+def test_the_planned_cache_is_the_samplers(make_model, make_mesh):
+    decoder, _ = make_model()
+    tokens = jax.ShapeDtypeStruct((8, 5), np.int32), jax.ShapeDtypeStruct((8, 5), bool)
+    shapes = lm_params.abstract_params(decoder.cfg)
+    _, cache = jax.eval_shape(
+        lambda p, t, v: lm.prefill(decoder, p, t, v, length=11), shapes, *tokens
+    )
+    whole = sum(x.size * x.dtype.itemsize for x in (cache.k_NBKLE, cache.v_NBKLE))
+    assert phases.cache_bytes(make_mesh((1, 1, 1)), decoder, 8, 11) == whole
+    assert phases.cache_bytes(make_mesh((2, 2, 2)), decoder, 8, 11) == whole // 8
+    assert phases.cache_bytes(make_mesh((4, 2, 1)), decoder, 3, 11) == whole // 8  # filled up to 8
+
+
+def test_the_changes_that_are_tried_are_single_and_the_first_that_fits_is_named(exopd, monkeypatch):
+    this, _ = exopd
+    chip = dataclasses.replace(CHIP, usable=1)
+    this = dataclasses.replace(this, topology=dataclasses.replace(CPU8, chip=chip))
+    asked = []
+
+    def planned(config, topology, *, names, mfu, say):
+        asked.append((names, config.batch.microbatches, config.batch.head_chunk, config.mesh.fsdp))
+        fits = config.mesh.fsdp == 2
+        usable = dataclasses.replace(chip, usable=2**40 if fits else 1)
+        return dataclasses.replace(this, topology=dataclasses.replace(CPU8, chip=usable))
+
+    monkeypatch.setattr(plan, "plan", planned)
+    # Eight rows on eight devices are not divided further, and 9 is not even.
+    assert plan.first_that_fits(this, mfu=0.5, say=print) == (
+        "--config.mesh.data=4 --config.mesh.fsdp=2",
+        [],
+    )
+    assert asked == [(("fused",), 1, 9, 2)]
+    wide = dataclasses.replace(
+        this.config, batch=dataclasses.replace(this.config.batch, prompts=32)
+    )
+    wide.batch.head_chunk = 8
+    this = dataclasses.replace(this, config=wide)
+    found, tried = plan.first_that_fits(this, mfu=0.5, say=print)
+    assert found == "--config.mesh.data=4 --config.mesh.fsdp=2"
+    assert tried == [
+        "--config.batch.microbatches=2",
+        "--config.batch.microbatches=4",
+        "--config.batch.head_chunk=4",
+        "--config.batch.head_chunk=2",
+    ]
+
+
+def refusal(text):
+    """What phases makes of a message of the compiler, for a program of one large product."""
+    traced = jax.jit(lambda x: jax.lax.scan(lambda c, _: (c @ c, c), x, None, 3)).trace(
+        np.ones((8, 8))
+    )
+    return phases._refused(phases.Program(name="update", traced=traced, held=()), Work(), 1.0, text)
+
+
+def test_a_refusal_tells_what_was_needed_and_the_largest_buffers():
+    short = (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+        "temporaries (94.20G) exceeds available HBM (15.75G)."
+    )
+    found = refusal(short)
+    assert found.needed == pytest.approx(94.2 * 2**30, rel=1e-6)
+    assert "float32[3, 8, 8] of scan" in found.buffers[0]  # all turns' results: not one turn's
+    listed = (
+        "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm.\n\n"
+        "  Largest program allocations in hbm:\n\n  1. Size: 9.00G\n"
+        '     Operator: op_name="jit(f)/while/body/dot_general" source_file="x.py"\n'
+        "     Shape: f32[28,1,8]{2,1,0:T(8,128)}\n     Unpadded size: 9.00G\n"
+    )
+    found = refusal(listed)
+    assert found.needed == pytest.approx(20.5 * 2**30, rel=1e-6)
+    assert found.buffers[0].startswith("9.00G f32[28,1,8]{2,1,0:T(8,128)} ")
+    assert "dot_general" in found.buffers[0]
+
+
+# --- wrong input
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("v5p", "is no topology; give KIND:SHAPE"),
+        ("v5e:0x4", "is no topology"),
+        ("v9:4x4", "of v9 nothing is known"),
+        ("v5p:4x4", "a shape of 2 axes, and v5p has 3"),
+        ("cpu:2x4", "a shape of 2 axes, and cpu has 1"),
+        ("cpu:64", "has 8 CPU devices; start it with JAX_NUM_CPU_DEVICES=64"),
+    ],
+)
+def test_a_wrong_topology_is_refused(name, says):
+    with pytest.raises(ValueError, match=says):
+        chips.topology(name)
+
+
+def test_without_libtpu_the_cure_is_said(monkeypatch):
+    monkeypatch.setattr(chips.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r'pip install "jax\[tpu\]".*--topology=cpu:8'):
+        chips.topology("v5e:2x2")
+
+
+def test_a_model_that_is_not_there_is_refused_with_the_names_that_need_no_download(root):
+    config = tiny.config(root, student=Model(path="/models/Qwen3-4B"))
+    with pytest.raises(
+        ValueError, match=r"student: '/models/Qwen3-4B' has no config.json"
+    ) as caught:
+        abstract.prepare(config, jax.devices())
+    assert all(name in str(caught.value) for name in PUBLISHED)
+    assert "--config.student.path=" in str(caught.value)
+
+
+def test_a_mesh_that_does_not_divide_is_refused(root):
+    for mesh, says in (
+        (Mesh(data=3), r"mesh data \* fsdp \* tensor = 3 \* 1 \* 1 = 3 and there are 8 devices"),
+        (Mesh(tensor=8), "student has 4 along 'heads', which mesh.tensor = 8 does not divide"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            abstract.prepare(tiny.config(root, mesh=mesh), jax.devices())
+    with pytest.raises(ValueError, match=r"12 rows .* do not divide over mesh.data"):
+        abstract.prepare(tiny.config(root, batch={"prompts": 12}), jax.devices())
+
+
+def test_settings_that_main_refuses_are_refused_and_absent_data_is_not(root):
+    config = tiny.config(root, data={"train": "absent.jsonl", "test": "absent.jsonl"})
+    assert any("absent.jsonl" in text for text in config.problems())
+    abstract.prepare(config, jax.devices())
+    config.objective.lam = -1.0
+    with pytest.raises(ValueError, match=r"objective.lam is -1.0"):
+        abstract.prepare(config, jax.devices())
+
+
+def test_a_context_that_the_model_does_not_have_is_refused(root):
+    student = Model(path="Qwen/Qwen3-1.7B")
+    config = tiny.config(root, student=student, sampling={"completion_length": 40_960})
+    with pytest.raises(ValueError, match="max_position_embeddings = 40960"):
+        abstract.prepare(config, jax.devices())
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [
+        ("Qwen/Qwen3-1.7B", 1.72),
+        ("Qwen/Qwen3-4B", 4.02),
+        ("Qwen/Qwen3-8B", 8.19),
+        ("Qwen/Qwen3-32B", 32.76),
+        ("Qwen/Qwen3-30B-A3B", 30.53),
+    ],
+)
+def test_a_published_shape_has_as_many_parameters_as_its_model(name, billions):
+    # the totals of the hub's safetensors; tied heads once
+    cfg, stored = abstract.model_config(name)
+    count = sum(x.size for x in jax.tree.leaves(lm_params.abstract_params(cfg)))
+    assert count / 1e9 == pytest.approx(billions, abs=0.006)
+    assert stored == "bfloat16"
+
+
+def command(*arguments):
+    environment = tiny.environment()
+    given = os.environ.get("PYTHONPATH", "")  # where libtpu may be
+    environment["PYTHONPATH"] = os.pathsep.join([environment["PYTHONPATH"], given])
+    return subprocess.run(
+        [sys.executable, "-m", "gopd_jax.plan", *arguments],
+        env=environment,
+        cwd=tiny.REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=tiny.TIMEOUT,
+    )
+
+
+def test_the_command_refuses_with_status_2():
+    done = command("--config=configs/exopd.py:tiny")
+    assert done.returncode == 2
+    assert "--topology has to be given; give KIND:SHAPE" in done.stderr
+
+
+@pytest.mark.slow
+def test_the_command_prints_a_plan_of_every_phase(tmp_path):
+    file = tmp_path / "plan.json"
+    tiny_exopd = "--config=configs/exopd.py:tiny"
+    done = command(tiny_exopd, "--topology=cpu:4", f"--json={file}", "--config.batch.prompts=16")
+    assert done.returncode == 0, done.stderr
+    values = json.loads(file.read_text())
+    assert list(values["phases"]) == list(phases.PHASES)
+    assert (values["devices"], values["config"]["batch"]["prompts"]) == (4, 16)
+    stages = [values["phases"][name]["flops"]["float32"] for name in phases.PHASES]
+    assert sum(stages[:3]) == stages[3]  # the fused step is its stages
+
+
+# --- with the TPU's compiler
+
+
+@pytest.fixture(scope="module")
+def needs_libtpu():
+    pytest.importorskip("libtpu", reason='the TPU compiler: pip install "jax[tpu]"')
+
+
+@pytest.mark.tpu
+@pytest.mark.usefixtures("needs_libtpu")
+def test_a_small_config_fits_a_tpu(tmp_path):
+    file = tmp_path / "plan.json"
+    done = command(
+        *("--config=configs/exopd.py:tiny", "--topology=v5e:2x2", "--phase=score"),
+        f"--json={file}",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "fits: score on v5e:2x2" in done.stdout
+    values = json.loads(file.read_text())
+    assert values["phases"]["score"]["fits"] is True
+    assert values["estimated_seconds"]
+
+
+@pytest.mark.tpu
+@pytest.mark.usefixtures("needs_libtpu")
+def test_a_config_that_cannot_fit_a_tpu_is_told_so():
+    teachers = [f"--config.teachers.{task}.path=Qwen/Qwen3-32B" for task in ("math", "code")]
+    done = command(
+        *("--config=configs/exopd.py:tiny", "--topology=v5e:2x2", "--phase=score", "--nochanges"),
+        *("--config.student.path=Qwen/Qwen3-1.7B", "--config.reference.path=Qwen/Qwen3-1.7B"),
+        *teachers,
+    )
+    assert done.returncode == 1, done.stderr
+    assert "does not fit: score on v5e:2x2" in done.stdout
+    assert "of 15.75" in done.stdout
+
+
+@pytest.mark.tpu
+@pytest.mark.usefixtures("needs_libtpu")
+def test_a_shape_that_no_tpu_has_is_refused():
+    with pytest.raises(ValueError, match="libtpu has no topology v5e:3x3"):
+        chips.topology("v5e:3x3")
