@@ -192,13 +192,13 @@ def test_the_changes_that_are_tried_are_single_and_the_first_that_fits_is_named(
     # Eight rows on eight devices are not divided further, and 9 is not even.
     assert plan.first_that_fits(this, mfu=0.5, say=print) == (
         "--config.mesh.data=4 --config.mesh.fsdp=2",
-        [],
+        ["--config.batch.remat=True"],
     )
-    assert asked == [(("fused",), 1, 9, 2)]
+    assert asked == [(("fused",), 1, 9, 1), (("fused",), 1, 9, 2)]
     wide = dataclasses.replace(
         this.config, batch=dataclasses.replace(this.config.batch, prompts=32)
     )
-    wide.batch.head_chunk = 8
+    wide.batch.head_chunk, wide.batch.remat = 8, True  # which is tried where it is not set
     this = dataclasses.replace(this, config=wide)
     found, tried = plan.first_that_fits(this, mfu=0.5, say=print)
     assert found == "--config.mesh.data=4 --config.mesh.fsdp=2"
