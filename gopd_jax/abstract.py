@@ -132,7 +132,7 @@ def _roles(c: settings.Config, mesh: Mesh, problems: list[str]) -> dict[str, Rol
     for setting, model in method.roles(c).items():
         name = setting.replace("teachers.", "teacher:")
         if model.path is None:
-            problems.append(f"{setting}.path is not set; {GIVE}: --config.{setting}.path=...")
+            problems.append(f"{setting}.path is not set; {GIVE}")
             continue
         key = (model.path if hub.parse(model.path) else Path(model.path).resolve(), model.placement)
         try:
@@ -157,7 +157,8 @@ def _roles(c: settings.Config, mesh: Mesh, problems: list[str]) -> dict[str, Rol
                 cfg = dataclasses.replace(cfg, lora=Lora(**options))
             params = _params(cfg, mesh, stored, model.placement)
         except ValueError as error:
-            problems.append(f"{setting}: {error}; --config.{setting}.path={model.path}")
+            cure = f": --config.{setting}.path=Qwen/Qwen3-4B" if str(error).endswith(GIVE) else ""
+            problems.append(f"{setting}: {error}{cure}")
             continue
         found[name] = Role(
             decoder=Decoder(cfg, dtype=model.dtype),

@@ -270,7 +270,7 @@ def test_a_model_that_is_not_there_is_refused_with_the_names_that_need_no_downlo
     ) as caught:
         abstract.prepare(config, jax.devices())
     assert all(name in str(caught.value) for name in PUBLISHED)
-    assert "--config.student.path=" in str(caught.value)
+    assert "--config.student.path=Qwen/Qwen3-4B" in str(caught.value)
 
 
 def test_a_mesh_that_does_not_divide_is_refused(root):
