@@ -108,12 +108,13 @@ def checked_mesh(c: settings.Config, *, devices=None, files: bool = True) -> jax
     if mesh is not None:
         check = sharding.process_share if files else sharding.require_rows
         share = _try(problems, check, mesh, rows)
-        shards, pieces = sharding.n_row_shards(mesh), c.batch.microbatches
+        shards, several = sharding.n_row_shards(mesh), c.batch.updates > 1
+        pieces = c.batch.updates * c.batch.microbatches
+        keys = "batch.updates * batch.microbatches" if several else "batch.microbatches"
         if share and pieces > 0 and not rows % pieces and rows // pieces % shards:
             problems.append(
-                f"a microbatch of {rows} / batch.microbatches = {rows} / {pieces} = "
-                f"{rows // pieces} rows does not divide over mesh.data * mesh.fsdp = {shards}; "
-                "choose fewer batch.microbatches"
+                f"a microbatch of {rows} / {keys} = {rows} / {pieces} = {rows // pieces} rows does "
+                f"not divide over mesh.data * mesh.fsdp = {shards}; choose fewer {keys}"
             )
     _refuse(problems)
     return mesh

@@ -202,6 +202,10 @@ def test_rows_longer_than_the_models_context(root):
             {"batch": {"prompts": 16, "microbatches": 4}},
             r"microbatch of .* = 16 / 4 = 4 rows .* = 8; choose fewer batch.microbatches",
         ),
+        (
+            {"batch": {"prompts": 16, "microbatches": 2, "updates": 2}},
+            r"of 16 / batch.updates \* batch.microbatches = 16 / 4 = 4 rows .* = 8; choose fewer",
+        ),
         ({"batch": {"microbatches": 3}}, r"8 rows do not divide into batch.microbatches = 3"),
         ({"batch": {"prompts": 7}}, r"batch.prompts = 7 is not divisible by the 2 tasks"),
         ({"mesh": {"fsdp": 3}}, r"mesh.fsdp \* mesh.tensor = 3 \* 1 does not divide the 8 devices"),
