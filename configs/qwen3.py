@@ -15,6 +15,9 @@ every host of the slice:
         --config.workdir=DIR_ON_A_SHARED_FILE_SYSTEM
     python -m gopd_jax.main --config=configs/qwen3.py:tiny     # the microworld's models, two steps
 
+Whether it fits, from any CPU: python -m gopd_jax.plan --config=configs/qwen3.py
+--topology=v5p:4x4x4 and the same flags; a name such as Qwen/Qwen3-4B will do for a path there.
+
 Expected: not measured; no run of this size has been made with this code.
 
 Student and reference are one directory, given twice; another student takes --config.student.path
