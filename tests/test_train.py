@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny
 
-from gopd_jax import checkpoint, metrics, results, train
+from gopd_jax import advance, checkpoint, metrics, results, train
 from gopd_jax.models import hf
 from gopd_jax.signals import stop_signals
 from gopd_jax.verifiers import verify
@@ -210,7 +210,7 @@ def test_rewards_in_the_objective_are_those_of_the_verifiers(root, tmp_path, mon
         scores.append([verdict.score for verdict in found])
         return found
 
-    monkeypatch.setattr(train, "verify", noting)
+    monkeypatch.setattr(advance, "verify", noting)
     config = in_workdir(
         root,
         tmp_path,

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gopd_jax import critic, diagnose, heads, method, metrics, sampler, setup, sharding, step
+from gopd_jax import diagnose, heads, method, metrics, sampler, setup, sharding, step
 from gopd_jax.advance import ROLLOUT_STREAM, Stepper, prompts_of
 from gopd_jax.assembly import recipe_of
 from gopd_jax.config import Config
@@ -111,12 +111,13 @@ class Trainer:
         )
         stepper.make = prompts_of(stepper.run)
         stepper.key = jax.random.fold_in(jax.random.key(seed), ROLLOUT_STREAM)
-        state = jax.tree.map(jnp.copy, self.start)  # the first step takes it
-        if (head := self.run.recipe.critic) is not None:
-            width = self.run.recipe.student.cfg.hidden_size
-            fresh = critic.init(dataclasses.replace(head, seed=seed), width)
-            like = jax.tree.map(lambda x: x.sharding, self.start.critic)
-            state = state.replace(critic=jax.device_put(fresh, like))
+        recipe = self.run.recipe
+        if recipe.critic is None:
+            state = jax.tree.map(jnp.copy, self.start)  # the first step takes it
+        else:  # whose first weights are of the seed
+            seeded = dataclasses.replace(recipe.critic, seed=seed)
+            params = self.run.student.params
+            state = init_state(dataclasses.replace(recipe, critic=seeded), params)
         return stepper, stepper.begin(state)
 
     def train(self, seed: int) -> tuple[Stepper, TrainState, dict]:
