@@ -54,7 +54,7 @@ def parsed(words: list[str], monkeypatch) -> Config:
 def test_it_begins_with_the_two_commands():
     assert blocks("sh")[:2] == [
         "pip install -r requirements.txt && python -m gopd_jax.main --config=configs/exopd.py\n",
-        "pip install -r requirements.txt && python -m pytest\n",
+        "pip install -r requirements.txt && python -m pytest -n 2 --dist loadfile\n",
     ]
     assert (ROOT / "requirements.txt").is_file()
 
