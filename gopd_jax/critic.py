@@ -4,6 +4,8 @@ V(s) = E_S[r(s)] + V_phi(s). The first part is the closed form of the state's ow
 -KL(S || T) for plain distillation, and needs no learning; V_phi, a small network on the student's
 hidden state, starts at 0 and learns the rest of the Bellman equation
 V(s) = E_S[r(s)] + gamma E V(s'). The student's parameters take no part in its gradient.
+Generalised advantage estimation is arXiv 1506.02438's; with distillation's reward, a hypothesis of
+the survey arXiv 2606.22793. Values, returns and rewards are in nats, [B, T] float32.
 """
 
 import dataclasses

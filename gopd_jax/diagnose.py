@@ -19,6 +19,10 @@ from gopd_jax.recipe import Frozen, Recipe, following
 from gopd_jax.types import Mean, Prompts, Rollout, TrainState
 from gopd_jax.update import gradient
 
+MEANS = (
+    *("kl_target", "kl_teacher", "kl_ref", "entropy_teacher"),
+    *("overlap", "overlap_mass", "tail_mass", "actionability"),
+)
 PARTS = 4  # of the completion limit, for what drifts with the position
 
 
@@ -120,16 +124,7 @@ def _look(recipe: Recipe, state, rollout, scores, frozen, top_k: int) -> dict:
 
 def _means(seen: dict, rollout: Rollout, length: int) -> dict[str, Mean]:
     mask_BT = rollout.mask_BT
-    named = {
-        **{name: name for name in ("kl_target", "kl_teacher", "kl_ref", "overlap", "overlap_mass")},
-        **{name: name for name in ("tail_mass", "actionability")},
-        "entropy_teacher": "entropy_teacher",
-    }
-    found = {
-        name: Mean.of(seen[f"{key}_BT"], mask_BT)
-        for name, key in named.items()
-        if f"{key}_BT" in seen
-    }
+    found = {name: Mean.of(seen[f"{name}_BT"], mask_BT) for name in MEANS if f"{name}_BT" in seen}
     negative_BT = jnp.where(mask_BT, seen["negative_BT"], 0.0)
     found["routable"] = Mean(jnp.where(mask_BT, seen["routable_BT"], 0.0).sum(), negative_BT.sum())
     position_BT = jnp.arange(mask_BT.shape[1]) - (rollout.n_prompt - 1)

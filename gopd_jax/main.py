@@ -37,7 +37,7 @@ WRONG_INPUT = 2
 
 def main(argv):
     if len(argv) > 1:
-        _refuse(f"unexpected arguments {argv[1:]}; settings are --config.key=value")
+        refuse(f"unexpected arguments {argv[1:]}; settings are --config.key=value")
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # the checkpointer tells every move at INFO
     if DISTRIBUTED.value or COORDINATOR.value:
@@ -51,7 +51,7 @@ def main(argv):
     try:
         begun = train.check(train.begin(config))
     except (ValueError, OSError) as error:
-        _refuse(error)
+        refuse(error)
     summary = train.finish(begun)
     if summary.stopped_by:
         _say(f"stopped after step {summary.step} of {config.steps}; continue with: {_command()}")
@@ -74,13 +74,13 @@ def parse(argv):
     """Flags of the command line. What is wrong with them or with the preset ends the program."""
     accept_none()
     if unknown := unknown_settings(argv):
-        _refuse("\n".join(unknown))
+        refuse("\n".join(unknown))
     try:
         return flags.FLAGS(argv)
     except flags.UnrecognizedFlagError as error:
-        _refuse(f"{error}; --help lists the flags")
+        refuse(f"{error}; --help lists the flags")
     except Exception as error:
-        _refuse(_where(error))
+        refuse(_where(error))
 
 
 def unknown_settings(argv) -> list[str]:
@@ -147,7 +147,8 @@ def _say(text: str) -> None:
         print(text)
 
 
-def _refuse(reason) -> typing.NoReturn:
+def refuse(reason) -> typing.NoReturn:
+    """End the program with status 2: wrong input, in words and without a traceback."""
     print(f"\n{reason}", file=sys.stderr)
     sys.exit(WRONG_INPUT)
 

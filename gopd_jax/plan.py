@@ -12,7 +12,6 @@ import copy
 import dataclasses
 import json
 import sys
-import typing
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from rich.console import Console
 from gopd_jax import abstract, chips, phases
 from gopd_jax import config as settings
 from gopd_jax.chips import GIB, Topology
-from gopd_jax.main import CONFIG, WRONG_INPUT, parse
+from gopd_jax.main import CONFIG, parse, refuse
 from gopd_jax.phases import PHASES, Compiled
 
 TOPOLOGY = flags.DEFINE_string(
@@ -262,7 +261,7 @@ def verdict_of(this: Plan) -> str:
 def main(argv):
     """The plan of --config on --topology."""
     if len(argv) > 1:
-        _refuse(f"unexpected arguments {argv[1:]}; settings are --config.key=value")
+        refuse(f"unexpected arguments {argv[1:]}; settings are --config.key=value")
     console = Console(stderr=True)
 
     def say(text: str) -> None:
@@ -279,7 +278,7 @@ def main(argv):
         topology = chips.topology(TOPOLOGY.value)
         this = plan(config, topology, names=names, mfu=MFU.value, say=say)
     except (ValueError, OSError) as error:
-        _refuse(error)
+        refuse(error)
     print(report(this), flush=True)
     verdict, change = verdict_of(this), None
     print(f"\n{verdict}", flush=True)
@@ -294,11 +293,6 @@ def main(argv):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(to_json(this, verdict, change), indent=2) + "\n")
     sys.exit(DOES_NOT_FIT if this.too_large else 0)
-
-
-def _refuse(reason) -> typing.NoReturn:
-    print(f"\n{reason}", file=sys.stderr)
-    sys.exit(WRONG_INPUT)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ from gopd_jax.objectives.targets import tilted
 from gopd_jax.recipe import Frozen, Recipe
 from gopd_jax.types import Mean, Rollout, Scores, TrainState
 
-# Of the quantities, those that diagnostics report.
 NOTHING = Frozen(teachers=(), reference=None)
+# Of the quantities, those that diagnostics report.
 SEEN = ("student_BT", "entropy_BT", "eos_probability_BT", "advantage_BT", "token_reward_BT")
 
 

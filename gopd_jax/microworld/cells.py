@@ -35,15 +35,12 @@ class Scope:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Cell:
-    """A method at a seed: the directory that is evaluated, and how it comes about."""
+class Seeded:
+    """A method at a seed, in the group that needs it first."""
 
     group: str
     method: str
     seed: int
-    model: Path
-    config: Config | None = None  # the training that writes `model`
-    alpha: float | None = None  # of the extrapolation that writes `model`
 
     @property
     def key(self) -> tuple[str, int]:
@@ -52,6 +49,15 @@ class Cell:
     @property
     def name(self) -> str:
         return f"{self.method}, seed {self.seed}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cell(Seeded):
+    """The directory that is evaluated, and how it comes about."""
+
+    model: Path
+    config: Config | None = None  # the training that writes `model`
+    alpha: float | None = None  # of the extrapolation that writes `model`
 
 
 def preset(name: str) -> Config:

@@ -23,9 +23,10 @@ from rich.console import Console
 
 from gopd_jax import microworld
 from gopd_jax.microworld import study_cells, study_tables
+from gopd_jax.microworld.cells import Seeded
 from gopd_jax.microworld.compare import results
 from gopd_jax.microworld.study_bench import Bench, Gradients, Trainer, step_seconds
-from gopd_jax.microworld.study_cells import GROUPS, METHODS, Cell, Scope, cells, identity
+from gopd_jax.microworld.study_cells import GROUPS, METHODS, Scope, cells, identity
 from gopd_jax.models import hf
 from gopd_jax.objectives.losses import LOSSES
 from gopd_jax.objectives.objective import build
@@ -64,7 +65,7 @@ class Study:
         want = {"kind": kind, **keys}
         return next((r for r in self.rows if all(r.get(k) == v for k, v in want.items())), None)
 
-    def finished(self, cell: Cell) -> bool:
+    def finished(self, cell: Seeded) -> bool:
         """Whether there is a result. ValueError where other settings or models made it."""
         line = self.found("cell", method=cell.method, seed=cell.seed)
         if line is None:
@@ -101,7 +102,7 @@ class Study:
 
     # --- the kinds of lines
 
-    def run_cell(self, cell: Cell) -> None:
+    def run_cell(self, cell: Seeded) -> None:
         start, compiled, scope = time.monotonic(), self.compiled, self.scope
         trainer, found, seconds = self.trainer(cell.method), {}, {}
         params = trainer.run.student.params

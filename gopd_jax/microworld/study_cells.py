@@ -13,7 +13,7 @@ from gopd_jax import config as settings
 from gopd_jax import microworld
 from gopd_jax.config import Config, Evaluation
 from gopd_jax.microworld import dataset
-from gopd_jax.microworld.cells import preset
+from gopd_jax.microworld.cells import Seeded, preset
 from gopd_jax.models import hf
 
 CLIP = {"objective.log_u_clip": 5.0}
@@ -201,30 +201,13 @@ GROUPS = {
 }
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Cell:
-    """A method at a seed, under the group that needs it first."""
-
-    group: str
-    method: str
-    seed: int
-
-    @property
-    def key(self) -> tuple[str, int]:
-        return self.method, self.seed
-
-    @property
-    def name(self) -> str:
-        return f"{self.method}, seed {self.seed}"
-
-
-def cells(scope: Scope) -> list[Cell]:
+def cells(scope: Scope) -> list[Seeded]:
     """Every cell once, in the order in which they run: seed by seed within each group."""
-    found: dict[tuple, Cell] = {}
+    found: dict[tuple, Seeded] = {}
     for group, of in GROUPS.items():
         for seed in range(scope.seeds):
             for method in of.methods:
-                cell = Cell(group=group, method=method, seed=seed)
+                cell = Seeded(group=group, method=method, seed=seed)
                 found.setdefault(cell.key, cell)
     return list(found.values())
 
