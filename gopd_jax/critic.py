@@ -40,9 +40,9 @@ def optimizer(critic: Critic) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(critic.learning_rate))
 
 
-def init(critic: Critic, n_hidden: int) -> State:
+def init(critic: Critic, n_hidden: int, seed) -> State:
     """A head whose value is 0 at every state, for hidden states of n_hidden features."""
-    draw = jax.random.normal(jax.random.key(critic.seed), (n_hidden, critic.width))
+    draw = jax.random.normal(jax.random.key(seed), (n_hidden, critic.width))
     params = {
         "first": draw * n_hidden**-0.5,
         "bias": jnp.zeros(critic.width),

@@ -116,30 +116,33 @@ def state_shardings(recipe: Recipe) -> TrainState:
     )
 
 
-def init_state(recipe: Recipe, params: Params) -> TrainState:
+def init_state(recipe: Recipe, params: Params, *, seed: int | None = None) -> TrainState:
     """Step 0 of the student's parameters, sharded as `state_shardings`. params is not donated.
 
-    Where the student has adapters, the state holds these alone.
+    Where the student has adapters, the state holds these alone. seed: of the critic's first
+    weights, where it is not recipe.critic's; one compiled program serves all seeds.
     """
+    if recipe.critic is not None and seed is None:
+        seed = recipe.critic.seed
     start = jax.jit(_start, static_argnums=0, out_shardings=state_shardings(recipe))
-    return start(recipe, params)
+    return start(recipe, params, seed)
 
 
-def _start(recipe: Recipe, params: Params) -> TrainState:
+def _start(recipe: Recipe, params: Params, seed) -> TrainState:
     params, _ = lora.split(params)
     # A copy: the state is donated to the step, and the reference may be the same arrays.
     params = jax.tree.map(jnp.copy, params)
     ema = None if recipe.ema_decay is None else jax.tree.map(jnp.copy, params)
     values = None
     if recipe.critic is not None:
-        values = critics.init(recipe.critic, recipe.student.cfg.hidden_size)
+        values = critics.init(recipe.critic, recipe.student.cfg.hidden_size, seed)
     return TrainState(jnp.int32(0), params, recipe.optimizer.init(params), ema, values)
 
 
 def abstract_state(recipe: Recipe, rollout=None) -> TrainState:
     """Shapes, dtypes and shardings of a TrainState; rollout: shapes of one, if the sampler lags."""
     cfg = recipe.student.cfg
-    shapes = jax.eval_shape(lambda params: _start(recipe, params), abstract_params(cfg))
+    shapes = jax.eval_shape(lambda params: _start(recipe, params, 0), abstract_params(cfg))
     shapes = shapes.replace(pending=(rollout,) * recipe.lag if recipe.lag else None)
 
     def laid(where, tree):

@@ -115,9 +115,7 @@ class Trainer:
         if recipe.critic is None:
             state = jax.tree.map(jnp.copy, self.start)  # the first step takes it
         else:  # whose first weights are of the seed
-            seeded = dataclasses.replace(recipe.critic, seed=seed)
-            params = self.run.student.params
-            state = init_state(dataclasses.replace(recipe, critic=seeded), params)
+            state = init_state(recipe, self.run.student.params, seed=seed)
         return stepper, stepper.begin(state)
 
     def train(self, seed: int) -> tuple[Stepper, TrainState, dict]:
