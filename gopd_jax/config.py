@@ -47,6 +47,7 @@ class Sampling:
     temperature: float = 1.0  # of every role: it divides the logits wherever log-probs are taken
     completion_length: int = 32  # tokens, end token included
     stop: tuple[str, ...] | None = None  # tokens that end a completion; None: the student's own
+    slots: int | None = None  # rows decoded at one time, refilled as they end; None: all of a step
     lag: int = 0  # steps by which the sampling weights are older, as asynchronous sampling has it
 
 
@@ -211,7 +212,7 @@ def to_dict(config: Config) -> dict:
 # Settings that may change between a run and its continuation: they change no number it computes.
 MAY_CHANGE = ("workdir", "checkpoints", "diagnostics", "preflight", "profile", "mesh")
 # Parts of others of which the same is true.
-PARTS_MAY_CHANGE = (".fingerprint", "lora.export")
+PARTS_MAY_CHANGE = (".fingerprint", "lora.export", "sampling.slots")
 # Read from files, which are identified by their content; and where weights lie.
 BY_CONTENT = ("path", "data.train", "data.test", "placement")
 # Options of later versions: absent from a run's identity while they are at their defaults, so that

@@ -253,6 +253,12 @@ def unused(config) -> Iterator[str]:
                 f"{key} clips nothing in the first update of a batch, and there is only one; raise "
                 "batch.updates or batch.epochs"
             )
+    rows = c.batch.prompts * c.batch.rollouts
+    if c.sampling.slots is not None and (c.sampling.slots >= rows or o.source == "data"):
+        yield (
+            f"sampling.slots = {c.sampling.slots} has no effect: a step samples "
+            f"{0 if o.source == 'data' else rows} rows"
+        )
     if c.sampling.lag and o.importance == "none" and o.rejection == "none":
         yield (
             f"sampling.lag = {c.sampling.lag} is not corrected: objective.importance and rejection "

@@ -36,11 +36,15 @@ _UNIT = {"B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Program:
-    """A phase as it is traced. held: what the run has on the devices while it is at work."""
+    """A phase as it is traced. held: what the run has on the devices while it is at work.
+
+    counted: a trace that has the same products, each as often as it runs; None: traced itself.
+    """
 
     name: str
     traced: jax.stages.Traced
     held: object
+    counted: jax.stages.Traced | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,6 +104,9 @@ def programs(run: abstract.Run, names: tuple[str, ...]) -> Iterator[Program]:
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), tree)
 
     followed = following(frozen, state)
+    # In which turns slots are refilled cannot be read off a program; without slots it has the same
+    # products, each in a loop of known length.
+    plain = None if made.slots is None else dataclasses.replace(made, slots=None)
     if made.lag or {"generate", "score", "update"} & {*names}:
         traced = generate.trace(state.params, followed, prompts, key)
         rollout = laid(traced.out_info)
@@ -107,7 +114,8 @@ def programs(run: abstract.Run, names: tuple[str, ...]) -> Iterator[Program]:
             state = abstract.state(run, rollout)
         if "generate" in names:
             held = state, loaded, prompts
-            yield Program(name="generate", traced=traced, held=held)
+            counted = plain and step.staged(plain)[0].trace(state.params, followed, prompts, key)
+            yield Program(name="generate", traced=traced, held=held, counted=counted)
     if {"score", "update"} & {*names}:
         traced = score.trace(followed, rollout)
         scores = laid(traced.out_info)
@@ -122,12 +130,14 @@ def programs(run: abstract.Run, names: tuple[str, ...]) -> Iterator[Program]:
         yield Program(name="update", traced=traced, held=(state, loaded, rollout, scores))
     if "fused" in names:
         traced = step.fused(made).trace(state, frozen, prompts, key)
-        yield Program(name="fused", traced=traced, held=(state, loaded, prompts))
+        counted = plain and step.fused(plain).trace(state, frozen, prompts, key)
+        held = state, loaded, prompts
+        yield Program(name="fused", traced=traced, held=held, counted=counted)
 
 
 def compiled(run: abstract.Run, program: Program, topology: Topology, *, mfu: float) -> Compiled:
     """The compiler's answer for a phase; its refusal for lack of memory is one."""
-    work = flops.count(program.traced.jaxpr)
+    work = flops.count((program.counted or program.traced).jaxpr)
     start = time.perf_counter()
     try:
         with sharding.use(run.recipe.mesh):
@@ -224,7 +234,7 @@ def _slower(found: dict, part: str, compute: float, memory: float) -> None:
 
 
 def decode_reads(run: abstract.Run) -> tuple[int, int]:
-    """(tokens that the loop makes, bytes of one device's HBM that each of them reads).
+    """(turns of the loop where every row runs to its full length, bytes of HBM that one reads).
 
     Weights in decode layout once, without an embedding that is only looked up in; the cache whole,
     because attention masks its empty slots and reads them.
@@ -235,10 +245,12 @@ def decode_reads(run: abstract.Run) -> tuple[int, int]:
         (routes,) = made.routes
         rows = {i: sum(n for j, n in zip(routes, made.group_rows) if i == j) for i in {*routes}}
         writers = [(made.teachers[i], n) for i, n in rows.items()]
-    total = 0
+    total, turns = 0, made.completion_length - 1
     for decoder, n_rows in writers:
+        if made.slots is not None and made.slots < n_rows:
+            turns, n_rows = -(-n_rows * made.completion_length // made.slots), made.slots
         total += _weights_read(made.mesh, decoder) + cache_bytes(made.mesh, decoder, n_rows, length)
-    return made.completion_length - 1, total
+    return turns, total
 
 
 def cache_bytes(mesh, decoder, n_rows: int, length: int) -> int:

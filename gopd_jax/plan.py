@@ -164,7 +164,7 @@ def report(this: Plan) -> str:
         turns, size = phases.decode_reads(run)
         lines.append(
             f"{'decode':<17} reads {size / GIB:.3f} GiB of HBM a device for each of "
-            f"{turns + 1} tokens of a row"
+            f"{turns} turns of the loop"
         )
     return "\n".join([*lines, *_estimate(this)])
 

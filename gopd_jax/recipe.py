@@ -52,6 +52,7 @@ class Recipe:
     mixture: Mixture | None = None
     updates: int = 1  # optimizer updates of a pass over the batch, each of as many of its rows
     epochs: int = 1  # passes
+    slots: int | None = None  # rows that are sampled at one time; None: all
     lag: int = 0  # steps by which the sampler's weights are older than the student's
     critic: critics.Critic | None = None
 

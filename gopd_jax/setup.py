@@ -116,6 +116,11 @@ def checked_mesh(c: settings.Config, *, devices=None, files: bool = True) -> jax
                 f"a microbatch of {rows} / {keys} = {rows} / {pieces} = {rows // pieces} rows does "
                 f"not divide over mesh.data * mesh.fsdp = {shards}; choose fewer {keys}"
             )
+        if (slots := c.sampling.slots) is not None and slots % shards:
+            problems.append(
+                f"sampling.slots = {slots} does not divide over mesh.data * mesh.fsdp = {shards}; "
+                f"choose a multiple of {shards}"
+            )
     _refuse(problems)
     return mesh
 

@@ -205,6 +205,8 @@ def _sample(recipe, decoder, params, prompts, key, view=None, greedy=False):
         eos_ids=recipe.eos_ids,
         n_vocab=recipe.n_vocab,
         greedy=greedy,
+        slots=recipe.slots,
+        n_shards=sharding.n_row_shards(recipe.mesh),
     )
     if view is None:
         return rollout

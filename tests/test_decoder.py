@@ -67,7 +67,7 @@ def test_cached_decoding_equals_the_forward_pass_of_whole_rows(cfg):
             hidden_BD, cache = decode(decoder, params, tokens_BL[:, t + 1], cache)
     assert int(cache.index) == LENGTH
     np.testing.assert_array_equal(cache.valid_BL, valid_BL)
-    np.testing.assert_array_equal(cache.position_B, LENGTH - LEFT)
+    np.testing.assert_array_equal(cache.next_B, LENGTH - LEFT)
 
 
 @MODELS
@@ -146,7 +146,7 @@ def test_the_module_declares_the_parameters_of_the_table(cfg):
     tokens_BL, _ = batch()
     decoder, mask_BLL = lm.Decoder(cfg), jnp.ones((len(LEFT), LENGTH, LENGTH), bool)
     made = jax.eval_shape(
-        lambda key: decoder.init(key, tokens_BL, tokens_BL, None, mask_BLL, None), jax.random.key(0)
+        lambda key: decoder.init(key, tokens_BL, tokens_BL, mask_BLL, None), jax.random.key(0)
     )
     want = lm_params.abstract_params(cfg)
     assert made["params"] == want

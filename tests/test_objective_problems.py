@@ -298,6 +298,7 @@ NOTED = [
         "critic.value_clip clips nothing in the first update",
     ),
     ({"sampling.lag": 2}, "sampling.lag = 2 is not corrected"),
+    ({"sampling.slots": 4096}, "sampling.slots = 4096 has no effect: a step samples 256 rows"),
     ({"objective.mixture": "log"}, "mixture = 'log' has no effect: no task has several teachers"),
     *(
         (DATA | {f"objective.{key}": value}, f"{key} = .* has no effect in .* 'imitation'")

@@ -115,6 +115,20 @@ def test_the_fused_steps_arguments_are_state_frozen_models_and_prompts(exopd):
     assert any("compiling fused (1/1)" in text for text in said)
 
 
+def test_slots_take_less_memory_and_as_many_products():
+    found = {}
+    for slots in (None, 8):
+        config = preset("exopd")
+        config.batch.prompts, config.sampling.slots = 32, slots
+        this = plan.plan(config, CPU8, names=("generate",))
+        found[slots] = (this.found[0], *phases.decode_reads(this.run))
+    (all_rows, turns, size), (slotted, more_turns, less) = found.values()
+    assert slotted.work == all_rows.work
+    assert slotted.memory.temporaries < all_rows.memory.temporaries
+    assert less < size
+    assert more_turns == 4 * (turns + 1)
+
+
 def test_a_donated_state_is_counted_once(exopd):
     this, _ = exopd
     memory = this.found[0].memory

@@ -41,6 +41,17 @@ def one_device(setting):
     return two_steps(setting, (1, 1, 1))
 
 
+def test_slots_change_no_step(setting, one_device):
+    """Rows of two tasks, on four row shards with two slots each."""
+    recipe, params, frozen, prompts = setting((2, 2, 1), slots=8)
+    _, rollout, metrics = step.fused(recipe)(init_state(recipe, params), frozen, prompts, KEYS[0])
+    want_rollout, want_metrics = one_device[1][0]
+    np.testing.assert_array_equal(rollout.tokens_BL, want_rollout.tokens_BL)
+    np.testing.assert_array_equal(rollout.mask_BT, want_rollout.mask_BT)
+    same(rollout.logp_BT, want_rollout.logp_BT, 2e-5)
+    same(values(metrics), want_metrics, 2e-5)
+
+
 @pytest.mark.parametrize(
     "shape",
     [

@@ -14,7 +14,9 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from gopd_jax.models import cache as caching
 from gopd_jax.models import moe
+from gopd_jax.models.cache import Cache
 from gopd_jax.models.ops import attend, constrain, einsum, project, rms_norm
 from gopd_jax.models.params import ModelConfig, Param, table
 from gopd_jax.models.rope import rope_of, rotate
@@ -24,21 +26,6 @@ ACTIVATIONS = {
     "silu": nn.silu,
     "gelu_pytorch_tanh": functools.partial(nn.gelu, approximate=True),
 }
-
-
-@struct.dataclass
-class Cache:
-    """Keys and values of the tokens so far, at the same slots in every row.
-
-    k_NBKLE, v_NBKLE after rope, in the decoder's dtype; valid_BL bool, slots that hold a row's
-    token; position_B int32, rope position of the row's next token; index int32, its slot.
-    """
-
-    k_NBKLE: Array
-    v_NBKLE: Array
-    valid_BL: Array
-    position_B: Array
-    index: Array
 
 
 @struct.dataclass
@@ -131,11 +118,11 @@ class Decoder(nn.Module):
     remat: bool = False
 
     @nn.compact
-    def __call__(self, tokens_BL, positions_BL, past, mask_BxL, past_mask_BS):
+    def __call__(self, tokens_BL, positions_BL, mask_BxL, cache: Cache | None):
         """(x_BLD before the final norm, (k_NBKLE, v_NBKLE) of these tokens).
 
-        past is (k_NBKSE, v_NBKSE) or None; mask_BxL True where query x may see key L; past_mask_BS
-        where all may see key S. Sliding windows narrow both.
+        mask_BxL True where query x may see key L. cache: earlier tokens, of which a row's valid
+        ones are seen by all of its queries. Sliding windows narrow both.
         """
         cfg = self.cfg
         weight = {
@@ -159,13 +146,15 @@ class Decoder(nn.Module):
             in_axes=(0, 0, nn.broadcast),
             length=cfg.num_hidden_layers,
         )(cfg, self.dtype, name="layers")
-        slides_N, views = _views(cfg, positions_BL, mask_BxL, past_mask_BS)
+        past = None if cache is None else (cache.k_NBKLE, cache.v_NBKLE)
+        slides_N, views = _views(cfg, positions_BL, mask_BxL, cache)
         return layers(x_BLD, past, slides_N, views)
 
 
-def _views(cfg: ModelConfig, positions_BL, mask_BxL, past_mask_BS):
+def _views(cfg: ModelConfig, positions_BL, mask_BxL, cache):
     """(None, (view of all layers,)), or (slides_N, (a full layer's view, a sliding one's))."""
     rope = rope_of(positions_BL, cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
+    past_mask_BS = None if cache is None else cache.valid_BL
     full = View(rope, mask_BxL, past_mask_BS)
     if cfg.sliding_window is None:
         return None, (full,)
@@ -174,9 +163,8 @@ def _views(cfg: ModelConfig, positions_BL, mask_BxL, past_mask_BS):
     # Positions, not slots of the cache: padding does not count.
     near_BxL = positions_BL[:, :, None] - positions_BL[:, None, :] < cfg.sliding_window
     near_BS = past_mask_BS
-    if past_mask_BS is not None:
-        position_BS = jnp.cumsum(past_mask_BS, axis=1, dtype=jnp.int32) - 1
-        near_BS = past_mask_BS & (positions_BL - position_BS < cfg.sliding_window)
+    if cache is not None:
+        near_BS = past_mask_BS & (positions_BL - cache.position_BL < cfg.sliding_window)
     sliding = View(rope, mask_BxL & near_BxL, near_BS)
     if all(cfg.slides):
         return None, (sliding,)
@@ -202,46 +190,39 @@ def prefill(decoder: Decoder, params, tokens_BP, valid_BP, *, length: int):
     if length < n_prompt:
         raise ValueError(f"a cache of length = {length} cannot hold prompts of {n_prompt} tokens")
     x_BPD, positions_BP, kv = _whole_rows(decoder, params, tokens_BP, valid_BP)
-    room = length - n_prompt
-    k_NBKLE, v_NBKLE = (jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, room), (0, 0))) for x in kv)
-    cache = Cache(
-        k_NBKLE=constrain(k_NBKLE, None, "batch", "kv_heads", "length", None),
-        v_NBKLE=constrain(v_NBKLE, None, "batch", "kv_heads", "length", None),
-        valid_BL=jnp.pad(valid_BP, ((0, 0), (0, room))),
-        position_B=positions_BP[:, -1] + 1,
-        index=jnp.int32(n_prompt),
-    )
+    cache = caching.filled(kv, valid_BP, positions_BP, length=length)
     return _final_norm(decoder, params, x_BPD[:, -1]), cache
 
 
 def decode(decoder: Decoder, params, token_B, cache: Cache):
-    """(hidden_BD, Cache) after appending one token to each row, at cache.index.
+    """(hidden_BD, Cache) after appending one token to each row.
 
     The layers only read the cache: the token's own key and value take part in the softmax beside
     it, and are written once after the last layer. Writing inside the layer scan would copy the
-    whole cache for each token. An append beyond the cache's length overwrites its last slot.
+    whole cache for each token. Of more appends than the cache has room for, the oldest slots are
+    overwritten.
     """
-    past = cache.k_NBKLE, cache.v_NBKLE
     own_B11 = jnp.ones((token_B.shape[0], 1, 1), bool)
     x_B1D, kv = decoder.apply(
-        {"params": params},
-        token_B[:, None],
-        cache.position_B[:, None],
-        past,
-        own_B11,
-        cache.valid_BL,
+        {"params": params}, token_B[:, None], cache.next_B[:, None], own_B11, cache
     )
-    start = (0, 0, 0, cache.index, 0)
-    k_NBKLE, v_NBKLE = (jax.lax.dynamic_update_slice(c, x, start) for c, x in zip(past, kv))
-    slot_L = jnp.arange(cache.valid_BL.shape[1]) == cache.index
-    cache = Cache(
-        k_NBKLE=k_NBKLE,
-        v_NBKLE=v_NBKLE,
-        valid_BL=cache.valid_BL | slot_L,
-        position_B=cache.position_B + 1,
-        index=cache.index + 1,
-    )
-    return _final_norm(decoder, params, x_B1D[:, 0]), cache
+    return _final_norm(decoder, params, x_B1D[:, 0]), caching.append(cache, kv)
+
+
+def admit(decoder: Decoder, params, tokens_FP, valid_FP, cache: Cache, taken_B, from_lanes):
+    """(hidden_FD at the last position, Cache in which the rows of taken_B hold new prompts).
+
+    F lanes of left-padded prompts are prefilled. from_lanes: takes [F, ...] to [B, ...], each row's
+    lane; what it gives for other rows does not matter.
+    """
+    x_FPD, position_FP, kv = _whole_rows(decoder, params, tokens_FP, valid_FP)
+
+    def at(p):
+        here = (jax.lax.dynamic_slice_in_dim(x, p, 1, axis=3) for x in kv)
+        return tuple(from_lanes(x.swapaxes(0, 1)).swapaxes(0, 1) for x in here)
+
+    rows = from_lanes(valid_FP), from_lanes(position_FP)
+    return _final_norm(decoder, params, x_FPD[:, -1]), caching.admit(cache, at, *rows, taken_B)
 
 
 def head_params(decoder: Decoder, params) -> dict:
@@ -266,7 +247,7 @@ def _whole_rows(decoder, params, tokens_BL, valid_BL):
     causal_LL = jnp.tri(tokens_BL.shape[1], dtype=bool)
     mask_BLL = causal_LL & valid_BL[:, None, :]
     tokens_BL = jnp.where(valid_BL, tokens_BL, 0)  # an id outside the table would look up NaN
-    x_BLD, kv = decoder.apply({"params": params}, tokens_BL, positions_BL, None, mask_BLL, None)
+    x_BLD, kv = decoder.apply({"params": params}, tokens_BL, positions_BL, mask_BLL, None)
     return x_BLD, positions_BL, kv
 
 
