@@ -95,10 +95,21 @@ def read(
 
     arrays["given"] = jax.tree.map(aligned, given or {})
 
-    def head(chunk):
+    by_row = lam if jnp.ndim(lam) else None
+
+    def head(weights, chunk, by_row):
+        params, heads, lam = weights
+        lam = lam if by_row is None else by_row
         return _head(recipe, params, heads, chunk, lam, grad=grad, look=look)
 
-    found_C = scoring.in_chunks(head, arrays, chunk=recipe.head_chunk)
+    found_C = scoring.in_chunks(
+        head,
+        (lm.head_params(recipe.student, params), heads, lam if by_row is None else None),
+        arrays,
+        by_row,
+        chunk=recipe.head_chunk,
+        apart=_alike(recipe),
+    )
     n = rollout.tokens_BL.shape[1] - rollout.n_prompt
     found = {
         f"{name}_BT": jnp.where(rollout.mask_BT, scoring.on_positions(rollout, x[:, :n]), 0.0)
@@ -109,6 +120,12 @@ def read(
         if "local_kl" in found_C:
             found["after_kl_B"] = found_C["local_kl"][:, n]
     return found
+
+
+def _alike(recipe) -> bool:
+    """Whether all rows have the same teachers in the same shares: none needs other shards' rows."""
+    shares = recipe.routes if recipe.mixture is None else (*recipe.routes, *recipe.mixture.weights)
+    return not recipe.vocabulary or all(len({*of_task}) == 1 for of_task in shares)
 
 
 def _head(recipe, params, heads, chunk, lam, *, grad, look):
@@ -208,13 +225,16 @@ def _frozen(recipe, heads, chunk, options, n_ids):
         def judge(i, rows, after):
             return over(recipe.teachers[i], teachers[i], rows)
 
+        if len({*routes}) == 1:
+            every.append(judge(routes[0], hidden_xD, None))
+            continue
         groups = {"mesh": recipe.mesh, "routes": routes, "group_rows": rows_of}
-        every.append(batching.by_teacher(judge, hidden_xD, **groups))
+        found = batching.by_teacher(judge, hidden_xD, **groups)
+        every.append(sharding.constrain_rows(found))
     teacher_xV = mix(recipe, every)
     if recipe.mixture is not None and recipe.mixture.space == "log":
         real_V = jnp.arange(n_ids) < recipe.n_vocab
         teacher_xV = jax.nn.log_softmax(jnp.where(real_V, teacher_xV, -jnp.inf))
-    teacher_xV = sharding.constrain_rows(teacher_xV)
     return jax.lax.stop_gradient((teacher_xV, ref_xV))
 
 

@@ -7,6 +7,7 @@ row of 4096 positions of Qwen3 would otherwise need 2.3 GiB of logits, twice tha
 import jax
 import jax.numpy as jnp
 
+from gopd_jax import sharding
 from gopd_jax.models import decoder as lm
 from gopd_jax.sampler import pick
 
@@ -50,12 +51,26 @@ def on_positions(rollout, values_BC):
     return jnp.pad(values_BC, ((0, 0), (rollout.n_prompt - 1, 0)))
 
 
-def in_chunks(function, arrays, *, chunk: int):
-    """function of `chunk` positions at a time, made again in the backward pass.
+def in_chunks(function, weights, arrays, of_rows=None, *, chunk: int, apart: bool = True):
+    """function(weights, arrays, of_rows) of `chunk` positions at a time, made again in the
+    backward pass.
 
     arrays: a tree of [B, C, ...]; function takes such a tree of fewer positions and returns one of
     [B, c, ...]. It must treat every position by itself: the last chunk is filled up with zeros.
+    of_rows: a tree of [B, ...]. weights: what it uses besides, whole at every row shard. apart:
+    whether it treats every row by itself, too, and may be given those of one shard.
     """
+
+    def one_shard(weights, rows):
+        arrays, of_rows = rows
+        return _in_chunks(lambda part: function(weights, part, of_rows), arrays, chunk=chunk)
+
+    if not apart:
+        return one_shard(weights, (arrays, of_rows))
+    return sharding.over_rows(one_shard, weights, (arrays, of_rows))
+
+
+def _in_chunks(function, arrays, *, chunk):
     n_rows, n_positions = jax.tree.leaves(arrays)[0].shape[:2]
     chunk = min(chunk, n_positions)
     n_chunks = -(-n_positions // chunk)
@@ -89,13 +104,14 @@ def entropy(logp_xV, real_V):
 def head_chunks(decoder, params, hidden_BCD, ids_BC, *, temperature, n_vocab, chunk):
     """(logp_BC of ids_BC, entropy_BC) from hidden states, `chunk` positions at a time."""
 
-    def head(arrays):
+    def head(weights, arrays, _):
         hidden_BcD, ids_Bc = arrays
-        logp_BcV = log_probs(decoder, params, hidden_BcD, temperature=temperature, n_vocab=n_vocab)
+        logp_BcV = log_probs(decoder, weights, hidden_BcD, temperature=temperature, n_vocab=n_vocab)
         real_V = jnp.arange(logp_BcV.shape[-1]) < n_vocab
         return pick(logp_BcV, ids_Bc), entropy(logp_BcV, real_V)
 
-    return in_chunks(head, (hidden_BCD, ids_BC), chunk=chunk)
+    weights = lm.head_params(decoder, params)
+    return in_chunks(head, weights, (hidden_BCD, ids_BC), chunk=chunk)
 
 
 def mass(decoder, params, rollout, ids, *, temperature: float, n_vocab: int, chunk: int, view=None):

@@ -29,6 +29,7 @@ _SHARED = (
 )
 TRAIN = (*_SHARED, ("embed", "fsdp"))
 DECODE = (*_SHARED, ("embed", None))
+_WITHIN_ROWS = (*(rule for rule in _SHARED if rule[0] != "batch"), ("batch", None), ("embed", None))
 
 
 def make_mesh(data: int | None, fsdp: int, tensor: int, *, devices=None) -> Mesh:
@@ -183,6 +184,29 @@ def shared_work() -> dict:
 def any_process(flag: bool) -> bool:
     """Whether the flag is set on any process; every process has to ask."""
     return bool(multihost_utils.process_allgather(np.array(flag)).any())
+
+
+def over_rows(function, weights, rows):
+    """function(weights, rows), each row shard by itself; inside a jit.
+
+    Weights are gathered along the row axes once, before, and their gradient is added over them
+    once, after, however often the function uses them; left to the partitioner, a loop inside would
+    do both in every turn. Other axes of the mesh stay the partitioner's. function keeps axis 0 of
+    rows and asks nothing of other rows.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or all(mesh.shape[axis] == 1 for axis in ROWS):
+        return function(weights, rows)
+
+    def one(weights, rows):
+        # Marked as differing between shards, or each use's gradient would be added on its own.
+        weights = jax.tree.map(lambda x: jax.lax.pcast(x, ROWS, to="varying"), weights)
+        with nn.logical_axis_rules(_WITHIN_ROWS):
+            return function(weights, rows)
+
+    specs = P(), P(ROWS)
+    mapped = jax.shard_map(one, in_specs=specs, out_specs=P(ROWS), axis_names={*ROWS})
+    return mapped(weights, rows)
 
 
 def constrain_rows(tree):
