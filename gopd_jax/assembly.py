@@ -46,6 +46,7 @@ def recipe_of(c: settings.Config, mesh, goal, roles, teachers: tuple[str, ...], 
         lag=c.sampling.lag,
         critic=head and Critic(**dataclasses.asdict(head), seed=c.seed),
         head_chunk=c.batch.head_chunk,
+        buckets=c.batch.buckets,
         ema_decay=next(iter(decays), None),
     )
 

@@ -73,3 +73,68 @@ def split(rows, n: int):
 def join(rows, n: int):
     """What `split` took apart."""
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(x.shape[1] * n, *x.shape[2:]), rows)
+
+
+# --- short completions among long ones
+
+
+def widths(length: int, n: int) -> tuple[int, ...]:
+    """n widths, evenly spaced up to `length`."""
+    return tuple(sorted({-(-length * k // n) for k in range(1, n + 1)}))
+
+
+def sorted_by_length(mesh, rows, mask_BT, n: int):
+    """(rows in an order in which `split` by n gives pieces of completions of like length, what
+    brings results back into the old one). Rows stay on their shards."""
+    shards = sharding.n_row_shards(mesh)
+    length_Gm = mask_BT.sum(1).reshape(shards, -1)
+    order_Gm = jnp.argsort(length_Gm, axis=1)
+    # `split` takes every n-th row: rows of one piece stand n apart.
+    order_Gm = order_Gm.reshape(shards, n, -1).swapaxes(1, 2).reshape(order_Gm.shape)
+
+    def take(tree, order_Gm):
+        def one(x):
+            apart = x.reshape(shards, -1, *x.shape[1:])
+            moved = jax.vmap(lambda a, i: a[i])(apart, order_Gm).reshape(x.shape)
+            return sharding.constrain_rows(moved)
+
+        return jax.tree.map(one, tree)
+
+    return take(rows, order_Gm), lambda tree: take(tree, jnp.argsort(order_Gm, axis=1))
+
+
+def at_width(function, rows, mask_BT, sizes: tuple[int, ...]):
+    """function(rows) of the narrowest of sizes that holds these rows' completions.
+
+    rows: a tree whose names tell what is cut: _BL and _BT lose their ends, as do hidden states.
+    function gives (anything, a tree by rows); the latter is filled up with zeros again: its [B, T]
+    and the hidden states' [B, C + 1, D].
+    """
+    full, length = mask_BT.shape[1], sizes[-1]
+    before = full - length  # positions of the prompt
+
+    def cut(path, x, size):
+        names = [str(getattr(key, "name", getattr(key, "key", ""))) for key in path]
+        if names[-1].endswith("_BL"):
+            return x[:, : before + 1 + size]
+        if names[-1].endswith("_BT"):
+            return x[:, : before + size]
+        return x[:, : size + 1] if any(name.endswith("hidden") for name in names) else x
+
+    def fill(x, size):
+        missing = length - size if x.ndim > 1 else 0
+        return jnp.pad(x, ((0, 0), (0, missing), *((0, 0),) * (x.ndim - 2))) if missing else x
+
+    def narrowed(size):
+        def run(rows):
+            short = jax.tree_util.tree_map_with_path(lambda path, x: cut(path, x, size), rows)
+            found, by_row = function(short)
+            return found, jax.tree.map(lambda x: fill(x, size), by_row)
+
+        return run
+
+    if len(sizes) == 1:
+        return function(rows)
+    longest = mask_BT.sum(1).max()
+    index = (jnp.array(sizes[:-1], jnp.int32) < longest).sum()
+    return jax.lax.switch(index, [narrowed(size) for size in sizes], rows)

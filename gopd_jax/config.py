@@ -61,6 +61,7 @@ class Batch:
     epochs: int = 1  # passes of these updates over the batch
     microbatches: int = 1  # pieces that an update runs one after another, same gradient
     head_chunk: int = 64  # positions whose logits exist at one time in scoring and in the loss
+    buckets: int = 1  # widths that microbatches, sorted by length, are cut to: short ones cost less
     remat: bool = False  # recompute the student's layers in the backward pass, one at a time
 
 
@@ -222,6 +223,7 @@ LATER = {
     "lag": 0,
     "updates": 1,
     "epochs": 1,
+    "buckets": 1,
     "remat": False,
     **{
         f"objective.{f.name}": f.default if f.default_factory is MISSING else f.default_factory()

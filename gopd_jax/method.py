@@ -190,6 +190,12 @@ def _rows(c, made) -> Iterator[str]:
         return
     names = {name for task in c.data.tasks for name in teachers_of(c, task)}
     whole = made.vocabulary or (made.critic and c.critic is not None and c.critic.closed_form)
+    shares = [teachers_of(c, task) for task in c.data.tasks]
+    if whole and b.buckets != 1 and any(share != shares[0] for share in shares):
+        yield (
+            f"batch.buckets is {b.buckets}, and the objective is over the vocabulary of several "
+            "teachers, whose rows cannot be sorted by length; use batch.buckets = 1"
+        )
     if whole and len(names) > 1 and len(c.data.tasks) and b.updates * b.microbatches > 0:
         of_task, pieces = rows // len(c.data.tasks), b.updates * b.microbatches
         if of_task % pieces:

@@ -9,8 +9,8 @@ import optax
 from flax import struct
 from jax.sharding import Mesh
 
+from gopd_jax import batching, sharding
 from gopd_jax import critic as critics
-from gopd_jax import sharding
 from gopd_jax.models import lora
 from gopd_jax.models.decoder import Decoder
 from gopd_jax.models.params import abstract_params, logical_axes
@@ -48,6 +48,7 @@ class Recipe:
     n_vocab: int  # ids that can be sampled
     microbatches: int
     head_chunk: int
+    buckets: int = 1  # widths at which pieces of the batch are scored and learnt from
     ema_decay: float | None = None  # of the student's moving average, where a teacher follows it
     mixture: Mixture | None = None
     updates: int = 1  # optimizer updates of a pass over the batch, each of as many of its rows
@@ -60,6 +61,11 @@ class Recipe:
     def pieces(self) -> int:
         """Parts of the batch that exist one at a time."""
         return self.updates * self.microbatches
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Completion tokens that pieces of the batch are cut to, the least that holds them."""
+        return batching.widths(self.completion_length, self.buckets)
 
     @property
     def closed_form(self) -> bool:

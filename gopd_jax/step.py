@@ -227,9 +227,15 @@ def _judged(recipe, decoder, params, rollout, role: str, read):
     n = next(n for n in range(-(-n_rows // microbatch), local + 1) if local % n == 0)
 
     def one(rows):
-        return read(recipe, decoder, params, rows, getattr(rows, role))
+        def judge(rows):
+            return (), read(recipe, decoder, params, rows, getattr(rows, role))
 
-    return batching.join(jax.lax.map(one, batching.split(rollout, n)), n)
+        return batching.at_width(judge, rows, rows.mask_BT, recipe.widths)[1]
+
+    if recipe.buckets == 1:
+        return batching.join(jax.lax.map(one, batching.split(rollout, n)), n)
+    ordered, back = batching.sorted_by_length(recipe.mesh, rollout, rollout.mask_BT, n)
+    return back(batching.join(jax.lax.map(one, batching.split(ordered, n)), n))
 
 
 def _logps(recipe, decoder, params, rows, view):

@@ -201,8 +201,13 @@ def _prescore(recipe, one: _Piece, state, rows):
             seen |= {"value_BT": value_BT, "bootstrap_B": after_B}
         return seen
 
-    pieces = jax.lax.map(judge, batching.split(rows, recipe.pieces))
-    known = jax.lax.stop_gradient(batching.join(pieces, recipe.pieces))
+    def piece(rows):
+        mask_BT = rows["rollout"].mask_BT
+        return batching.at_width(lambda rows: ((), judge(rows)), rows, mask_BT, recipe.widths)[1]
+
+    ordered, back = _by_length(recipe, rows, recipe.pieces)
+    pieces = jax.lax.map(piece, batching.split(ordered, recipe.pieces))
+    known = jax.lax.stop_gradient(back(batching.join(pieces, recipe.pieces)))
     known |= one.weighed(rows, known)
     if recipe.critic is None:
         return known, {}
@@ -221,15 +226,22 @@ def _descend(recipe, one: _Piece, state: TrainState, rows):
     def gradient(state, rows):
         trained = state.params, None if state.critic is None else state.critic.params
 
-        def add(carry, rows):
+        def of_piece(rows):
             (_, (loss, value_loss, seen)), grads = jax.value_and_grad(one.loss, has_aux=True)(
                 trained, rows
             )
-            return jax.tree.map(jnp.add, carry, ((loss, value_loss), grads)), seen
+            return ((loss, value_loss), grads), seen
 
+        def add(carry, rows):
+            mask_BT = rows["rollout"].mask_BT
+            found, seen = batching.at_width(of_piece, rows, mask_BT, recipe.widths)
+            return jax.tree.map(jnp.add, carry, found), seen
+
+        n = recipe.microbatches
         zero = (jnp.float32(0), jnp.float32(0)), jax.tree.map(jnp.zeros_like, trained)
-        (losses, grads), seen = jax.lax.scan(add, zero, batching.split(rows, recipe.microbatches))
-        return losses, grads, batching.join(seen, recipe.microbatches)
+        ordered, back = _by_length(recipe, rows, n)
+        (losses, grads), seen = jax.lax.scan(add, zero, batching.split(ordered, n))
+        return losses, grads, back(batching.join(seen, n))
 
     def part(state, rows):
         losses, grads, seen = gradient(state, rows)
@@ -250,6 +262,13 @@ def _descend(recipe, one: _Piece, state: TrainState, rows):
     state, (seen, found) = jax.lax.scan(epoch, state, None, length=recipe.epochs)
     seen = batching.join(jax.tree.map(lambda x: x[0], seen), n)
     return state, seen, jax.tree.map(lambda x: x.sum((0, 1)), found)
+
+
+def _by_length(recipe, rows, n: int):
+    """`batching.sorted_by_length`, where pieces of the batch are cut to their completions."""
+    if recipe.buckets == 1:
+        return rows, lambda tree: tree
+    return batching.sorted_by_length(recipe.mesh, rows, rows["rollout"].mask_BT, n)
 
 
 def _apply(recipe, state: TrainState, losses, grads):

@@ -236,6 +236,10 @@ EXCLUDED = [
         {"batch.prompts": 12, "batch.microbatches": 4, "objective.loss": "exact"},
         ["a task has 6 rows .* is 4; .* several teachers .* choose a divisor of 6"],
     ),
+    (
+        {"batch.buckets": 4, "objective.loss": "exact"},
+        ["batch.buckets is 4, .* several teachers, whose rows cannot be .*; use batch.buckets = 1"],
+    ),
     # Nothing to correct, or nobody.
     *(
         (DATA | {f"objective.{key}": value}, [f"objective.{key} = {value!r} compares .* 'data'; t"])
