@@ -12,10 +12,10 @@
 #   --queue=NAME         of Kueue, multislice-queue (XPK's) unless given
 #   --dry-run            print the manifest, do nothing
 #
-# KIND:SHAPE is that of gopd_jax.plan: v5e:4x4, or 2xv5e:4x4 for two slices. The cluster has JobSet and
-# as many node pools of that shape. Pods that are taken away are started again by the cluster and
-# the run continues from its checkpoints, so DIR lies under /shared. `kubectl delete jobset NAME`
-# ends it: the pods get SIGTERM, and the run saves.
+# KIND:SHAPE is that of gopd_jax.plan: v5e:4x4, or 2xv5e:4x4 for two slices. The cluster has JobSet
+# and as many node pools of that shape. Pods that are taken away are started again by the cluster
+# and the run continues from its checkpoints, so DIR lies under /shared. `kubectl delete jobset
+# NAME` ends it: the pods get SIGTERM, and the run saves.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -24,7 +24,8 @@ image= claim= restarts=50 per_host=4 queue=multislice-queue dry=
 
 usage() {
   [[ $# -eq 0 ]] || echo "$0: $1" >&2
-  echo "usage: $0 [OPTIONS] NAME [Nx]KIND:SHAPE -- --config=FILE --config.workdir=DIR [FLAGS...]" >&2
+  echo "usage: $0 [OPTIONS] NAME [Nx]KIND:SHAPE --" \
+    "--config=FILE --config.workdir=DIR [FLAGS...]" >&2
   sed -n '/^#   --/s/^#  //p' "${BASH_SOURCE[0]}" >&2
   exit 2
 }

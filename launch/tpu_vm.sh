@@ -13,11 +13,11 @@
 #   --keep                          leave the slices there at the end
 #   --dry-run                       print the commands of an undisturbed run, do nothing
 #
-# KIND:SHAPE is that of gopd_jax.plan: v5e:4x4, or 2xv5e:4x4 for two slices. Creates NAME where it is
-# not there, copies this tree, installs, and runs gopd_jax.main --distributed on all workers. When the
-# slices are taken away they are asked for again and the same command continues from its
-# checkpoints, so DIR has to outlive them. SIGTERM and Ctrl-C are passed on: the run saves and stops,
-# the slices stay. The status is the run's.
+# KIND:SHAPE is that of gopd_jax.plan: v5e:4x4, or 2xv5e:4x4 for two slices. Creates NAME where it
+# is not there, copies this tree, installs, and runs gopd_jax.main --distributed on all workers.
+# When the slices are taken away they are asked for again and the same command continues from its
+# checkpoints, so DIR has to outlive them. SIGTERM and Ctrl-C are passed on: the run saves and
+# stops, the slices stay. The status is the run's.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -25,7 +25,8 @@ where=() extra=() runtime= setup= attempts=100 keep= dry= stopped=
 
 usage() {
   [[ $# -eq 0 ]] || echo "$0: $1" >&2
-  echo "usage: $0 [OPTIONS] NAME [Nx]KIND:SHAPE -- --config=FILE --config.workdir=DIR [FLAGS...]" >&2
+  echo "usage: $0 [OPTIONS] NAME [Nx]KIND:SHAPE --" \
+    "--config=FILE --config.workdir=DIR [FLAGS...]" >&2
   sed -n '/^#   --/s/^#  //p' "${BASH_SOURCE[0]}" >&2
   exit 2
 }
@@ -58,7 +59,8 @@ flags=("$@") workdir=
 for flag in "${flags[@]}"; do
   [[ $flag != --config.workdir=?* ]] || workdir=${flag#*=}
 done
-[[ $workdir == /* ]] || usage "give --config.workdir=/DIR, shared by the workers and kept without them"
+[[ $workdir == /* ]] ||
+  usage "give --config.workdir=/DIR, shared by the workers and kept without them"
 if ((slices > 1)); then
   flags+=("--config.mesh.slices=$slices") extra+=("--node-count=$slices")
 else
@@ -129,7 +131,8 @@ leave() { # with a status, and slices that go on costing
 # pattern begins with the interpreter, so that the shell that runs this does not match.
 stop='pkill -TERM -f "^[^ ]*/gopd/.venv/bin/python -m gopd_jax.main"'
 gone='while pgrep -f "^[^ ]*/gopd/.venv/bin/python -m gopd_jax.main" >/dev/null; do sleep 1; done'
-command="$stop; $gone; cd ~/gopd && JAX_COMPILATION_CACHE_DIR=$(printf %q "$(dirname "$workdir")/xla")"
+cache=$(printf %q "$(dirname "$workdir")/xla")
+command="$stop; $gone; cd ~/gopd && JAX_COMPILATION_CACHE_DIR=$cache"
 command+=" PYTHONUNBUFFERED=1 exec ~/gopd/.venv/bin/python -m gopd_jax.main --distributed"
 command+=$(printf ' %q' "${flags[@]}")
 
