@@ -49,7 +49,10 @@ CHIPS = {
 }
 # A float32 product at precision "highest" is this many bfloat16 passes of a TPU's matrix units.
 FLOAT32_PASSES = 6
-FORM = "give KIND:SHAPE, such as v5e:4x4, v5p:4x4x4 or v6e:8x8; or cpu:8 to try it without libtpu"
+FORM = (
+    "give KIND:SHAPE, such as v5e:4x4, v5p:4x4x4 or v6e:8x8, 2xv5e:4x4 for two slices of it; or "
+    "cpu:8 to try it without libtpu"
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,13 +65,13 @@ class Topology:
 
 
 def topology(name: str) -> Topology:
-    """The devices of "v5e:4x4" or "cpu:8". No accelerator is touched.
+    """The devices of "v5e:4x4", "2xv5e:4x4" or "cpu:8". No accelerator is touched.
 
     ValueError where there is no such topology, or where the TPU compiler is not installed.
     """
-    kind, shape = parse(name)
+    slices, kind, shape = parse(name)
     if kind == "cpu":
-        return Topology(name=name, devices=_emulated(shape[0]), chip=None)
+        return Topology(name=name, devices=_emulated(name), chip=None)
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError(
             f"--topology={name} needs the TPU compiler, libtpu, which is not installed: "
@@ -76,20 +79,26 @@ def topology(name: str) -> Topology:
         )
     from jax.experimental import topologies
 
+    one = f"{kind}:{'x'.join(map(str, shape))}"
+    several = {"num_slices": slices} if slices > 1 else {}
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=name)
+        found = topologies.get_topology_desc(platform="tpu", topology_name=one, **several)
     except (RuntimeError, ValueError) as error:  # among them jax.errors.JaxRuntimeError
         why = " ".join(str(error).split())[:200]
         raise ValueError(f"libtpu has no topology {name}: {why}; {FORM}") from error
     return Topology(name=name, devices=tuple(found.devices), chip=CHIPS[kind])
 
 
-def parse(name: str) -> tuple[str, tuple[int, ...]]:
-    """("v5e", (4, 4)) of "v5e:4x4"; ValueError for what is no topology of a chip of the table."""
-    match = re.fullmatch(r"(\w+):([1-9]\d*(?:x[1-9]\d*)*)", name)
+def parse(name: str) -> tuple[int, str, tuple[int, ...]]:
+    """(2, "v5e", (4, 4)) of "2xv5e:4x4": slices, kind, the shape of each.
+
+    ValueError for what is no topology of a chip of the table.
+    """
+    match = re.fullmatch(r"(?:([1-9]\d*)x)?([a-z]\w*):([1-9]\d*(?:x[1-9]\d*)*)", name)
     if match is None:
         raise ValueError(f"--topology={name} is no topology; {FORM}")
-    kind, shape = match[1], tuple(map(int, match[2].split("x")))
+    slices, kind = int(match[1] or 1), match[2]
+    shape = tuple(map(int, match[3].split("x")))
     if kind not in (*CHIPS, "cpu"):
         raise ValueError(f"--topology={name}: of {kind} nothing is known here; {FORM}")
     n_axes = {"cpu": 1, "v5p": 3}.get(kind, 2)
@@ -97,17 +106,18 @@ def parse(name: str) -> tuple[str, tuple[int, ...]]:
         raise ValueError(
             f"--topology={name} has a shape of {len(shape)} axes, and {kind} has {n_axes}; {FORM}"
         )
-    return kind, shape
+    return slices, kind, shape
 
 
 def n_devices(name: str) -> int:
-    """Devices of a topology by its name."""
-    return math.prod(parse(name)[1])
+    """Devices of a topology by its name, of all its slices."""
+    slices, _, shape = parse(name)
+    return slices * math.prod(shape)
 
 
 def without_accelerator(name: str) -> None:
     """Set this process up to compile for `name`: before JAX makes its first device."""
-    kind, _ = parse(name)
+    _, kind, _ = parse(name)
     os.environ["JAX_PLATFORMS"] = "cpu"
     jax.config.update("jax_platforms", "cpu")
     if kind == "cpu":
@@ -119,11 +129,11 @@ def without_accelerator(name: str) -> None:
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
 
 
-def _emulated(n: int) -> tuple:
-    devices = jax.devices("cpu")
+def _emulated(name: str) -> tuple:
+    n, devices = n_devices(name), jax.devices("cpu")
     if len(devices) < n:
         raise ValueError(
-            f"--topology=cpu:{n} and this process has {len(devices)} CPU devices; start it with "
+            f"--topology={name} and this process has {len(devices)} CPU devices; start it with "
             f"JAX_NUM_CPU_DEVICES={n}"
         )
     return tuple(devices[:n])

@@ -146,6 +146,7 @@ class Mesh:
     data: int | None = None  # replicas; None takes the devices that the other axes leave
     fsdp: int = 1  # shards of parameters and optimizer state, and rows
     tensor: int = 1  # shards of heads, MLP and vocabulary
+    slices: int = 1  # TPU slices that the replicas are spread over; data counts over all of them
 
 
 @dataclass(slots=True, kw_only=True)

@@ -25,7 +25,9 @@ from gopd_jax.main import CONFIG, parse, refuse
 from gopd_jax.phases import PHASES, Compiled
 
 TOPOLOGY = flags.DEFINE_string(
-    "topology", None, "What to compile for: v5e:4x4, v5p:4x4x4, v6e:8x8; or cpu:8, emulated."
+    "topology",
+    None,
+    "What to compile for: v5e:4x4, 2xv5e:4x4 (two slices), v6e:8x8; or cpu:8, emulated.",
 )
 PHASE = flags.DEFINE_list("phase", None, f"Only these of {', '.join(PHASES)}; unset, all four.")
 MFU = flags.DEFINE_float("mfu", 0.5, "Of the chip's peak, that products are assumed to reach.")

@@ -99,11 +99,11 @@ def checked_mesh(c: settings.Config, *, devices=None, files: bool = True) -> jax
     files False: for a program that is only compiled, whatever there is on this machine.
     """
     problems = c.problems(files=files)
-    sizes = (c.mesh.data or 1, c.mesh.fsdp, c.mesh.tensor, c.batch.prompts, c.batch.rollouts)
+    axes, slices = (c.mesh.data, c.mesh.fsdp, c.mesh.tensor), c.mesh.slices
+    sizes = (*axes[1:], axes[0] or 1, slices, c.batch.prompts, c.batch.rollouts)
     if not all(isinstance(size, int) and size > 0 for size in sizes):
         _refuse(problems)  # which has them
-    axes = c.mesh.data, c.mesh.fsdp, c.mesh.tensor
-    mesh = _try(problems, sharding.make_mesh, *axes, devices=devices)
+    mesh = _try(problems, sharding.make_mesh, *axes, slices=slices, devices=devices)
     rows = c.batch.prompts * c.batch.rollouts
     if mesh is not None:
         check = sharding.process_share if files else sharding.require_rows

@@ -32,12 +32,16 @@ DECODE = (*_SHARED, ("embed", None))
 _WITHIN_ROWS = (*(rule for rule in _SHARED if rule[0] != "batch"), ("batch", None), ("embed", None))
 
 
-def make_mesh(data: int | None, fsdp: int, tensor: int, *, devices=None) -> Mesh:
+def make_mesh(data: int | None, fsdp: int, tensor: int, *, slices: int = 1, devices=None) -> Mesh:
     """A (data, fsdp, tensor) mesh over `devices` (None: all); data None takes what is left.
 
-    ValueError where the axes do not multiply to the number of devices.
+    slices: outermost parts of the data axis, each with devices of one TPU slice, so that within a
+    slice parameters are whole and what is summed over rows alone crosses the network between
+    slices. ValueError where the axes do not multiply to the number of devices or slices do not
+    divide "data".
     """
-    n_devices = jax.device_count() if devices is None else len(devices)
+    devices = jax.devices() if devices is None else list(devices)
+    n_devices = len(devices)
     if data is None:
         if n_devices % (fsdp * tensor):
             raise ValueError(
@@ -50,9 +54,57 @@ def make_mesh(data: int | None, fsdp: int, tensor: int, *, devices=None) -> Mesh
             f"mesh data * fsdp * tensor = {data} * {fsdp} * {tensor} = {data * fsdp * tensor} and "
             f"there are {n_devices} devices; leave mesh.data unset to take what the others leave"
         )
+    if data % slices:
+        raise ValueError(
+            f"mesh.slices = {slices} does not divide mesh.data = {data} (of all slices): replicas "
+            f"alone lie across slices, so fsdp * tensor = {fsdp * tensor} has to divide the "
+            f"devices of one; lower them, or set --config.mesh.slices=1"
+        )
+    shape = data // slices, fsdp, tensor
+    grid = np.concatenate([_laid_out(shape, group) for group in _by_slice(devices, slices)])
     # Auto: Linen's logical constraints are no-ops or errors on the Explicit axes of make_mesh.
-    auto = (AxisType.Auto,) * len(AXES)
-    return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=auto, devices=devices)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _laid_out(shape: tuple[int, ...], devices: list) -> np.ndarray:
+    """The devices of one slice as an array of that shape, neighbours by their links on a TPU.
+
+    Not jax.make_mesh elsewhere: it has no order for GPUs but theirs, and refuses several hosts.
+    """
+    if devices[0].platform == "tpu":
+        return jax.make_mesh(shape, AXES, devices=devices).devices
+    return np.array(devices, dtype=object).reshape(shape)
+
+
+def _by_slice(devices: list, slices: int) -> list[list]:
+    """The devices of each slice: as the platform tells, else equal runs of them in their order.
+
+    ValueError where the platform tells of another number of slices, or of unequal ones.
+    """
+    known = _slice_indices(devices)
+    if known is None:
+        size = len(devices) // slices
+        return [devices[i * size : (i + 1) * size] for i in range(slices)]
+    groups = [[d for d, i in zip(devices, known) if i == one] for one in sorted({*known})]
+    if len(groups) != slices:
+        raise ValueError(
+            f"mesh.slices = {slices} and the devices lie on {len(groups)} slices; set "
+            f"--config.mesh.slices={len(groups)} (a plan names them: --topology=2xv5e:4x4)"
+        )
+    if len(sizes := {len(group) for group in groups}) > 1:
+        raise ValueError(f"slices have {sorted(sizes)} devices; give each the same number")
+    return groups
+
+
+def _slice_indices(devices: list) -> list[int] | None:
+    """The slice of each device; None where the platform has none.
+
+    A GPU's slice_index is its host or its NVLink domain, over which parameters may be sharded. A
+    topology of one slice, for compiling, leaves it out.
+    """
+    if devices[0].platform != "tpu":
+        return None
+    return [getattr(device, "slice_index", 0) for device in devices]
 
 
 @contextlib.contextmanager
