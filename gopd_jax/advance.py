@@ -7,7 +7,6 @@ A caller that dispatches step n + 1 before it asks for the row of step n never l
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from gopd_jax import data, diagnose, method, metrics, recipe, sharding, step
@@ -128,8 +127,7 @@ class Stepper:
         every = this.config.evaluation.verify_every
         watched = every and i % every == 0 and this.config.objective.source == "student"
         if self.fused is None:
-            state, rollout, seen, reward_B = self._in_stages(state, rows, key, records)
-            seen, watched = seen | self.rewarded(reward_B), False
+            state, rollout, seen, watched = *self._in_stages(state, rows, key, records), False
         else:
             state, rollout, seen = self.fused(state, this.frozen, rows, key)
         found |= seen
@@ -144,8 +142,7 @@ class Stepper:
         with jax.profiler.TraceAnnotation("wait for metrics"):
             found = jax.device_get(seen.metrics)
         if seen.rollout is not None:
-            reward_B = self._rewards(seen.rollout, seen.records)
-            found |= jax.device_get(self.rewarded(reward_B))
+            found |= jax.device_get(self._told(self._rewards(seen.rollout, seen.records)))
         if (by_task := found.pop("kl_teacher_task", None)) is not None:
             for task, total, count in zip(self.run.train.tasks, by_task.total, by_task.count):
                 found[f"kl_teacher/{task}"] = Mean(total, count)
@@ -162,13 +159,12 @@ class Stepper:
         return sharding.to_global(self.run.mesh, prompts.replace(records=()))
 
     def _rewards(self, rollout, records):
-        """reward_B of the verifiers, as a global array."""
+        """reward_B of the verifiers, float32, of this process's rows on the host."""
         with jax.profiler.TraceAnnotation("wait for rollout"):
             rollout = sharding.to_host(rollout)
         with jax.profiler.TraceAnnotation("verify"):
             verdicts = verify(completions(self.run.student.tokenizer, rollout), records)
-        reward_B = np.array([verdict.score for verdict in verdicts], np.float32)
-        return sharding.to_global(self.run.mesh, reward_B)
+        return np.array([verdict.score for verdict in verdicts], np.float32)
 
     def _in_stages(self, state, rows, key, records):
         """The stages around the verifiers' work on the host.
@@ -183,17 +179,31 @@ class Stepper:
             rollout, state = step.turn(state, rollout)
         scores = self.score(frozen, rollout)
         reward_B = self._rewards(rollout, records)
-        state, seen = self.update(state, rollout, scores.replace(reward_B=reward_B), frozen)
-        return state, rollout, seen, reward_B
+        scores = scores.replace(reward_B=sharding.to_global(self.run.mesh, reward_B))
+        state, seen = self.update(state, rollout, scores, frozen)
+        return state, rollout, seen | self._told(reward_B)
+
+    def _told(self, reward_B) -> dict[str, Mean]:
+        """The row's means of rewards, reward_B those of this process's rows.
+
+        Alone it takes them on the host: a program for it would wait behind the step under way.
+        """
+        if jax.process_count() == 1:
+            return self._of_rewards(reward_B)
+        return self.rewarded(sharding.to_global(self.run.mesh, reward_B))
 
     def _of_rewards(self, reward_B) -> dict[str, Mean]:
-        per_task = jnp.split(reward_B, np.cumsum(self.run.recipe.group_rows)[:-1])
-        found = {f"reward/{t}": Mean.of(r) for t, r in zip(self.run.train.tasks, per_task)}
-        return found | {"reward": Mean.of(reward_B)}
+        """Of all rows, as NumPy's or as traced."""
+        found, start = {"reward": reward_B}, 0
+        for task, n in zip(self.run.train.tasks, self.run.recipe.group_rows):
+            found[f"reward/{task}"] = reward_B[start : start + n]
+            start += n
+        return {key: Mean(r.sum(), np.float32(r.size)) for key, r in found.items()}
 
     def _look(self, state, rows, key, records) -> dict[str, Mean]:
         rollout = self.probe.sample(state, self.run.frozen, rows, key)
         reward_B = None
         if jax.process_count() == 1:  # several hold records of their own rows alone
             reward_B = self._rewards(rollout, tuple(records[row] for row in self.probe.rows))
+            reward_B = sharding.to_global(self.run.mesh, reward_B)
         return jax.device_get(self.probe.look(state, self.run.frozen, rollout, reward_B))

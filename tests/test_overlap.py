@@ -88,12 +88,13 @@ class Staged:
 
     def __init__(self, root, monkeypatch, lag):
         objective = {"advantage": "grpo", "lam": 1.0, "importance": "token" if lag else "none"}
-        self.run = prepare(tiny.config(root, objective=objective, sampling={"lag": lag}))
+        batch = {"prompts": 4, "rollouts": 2}
+        config = tiny.config(root, objective=objective, sampling={"lag": lag}, batch=batch)
+        self.run = prepare(config)
         self.events, self.lag = [], lag
         self.stepper = advance.Stepper(self.run)
         self.stepper.generate, self.stepper.score = self.generate, self.score
-        self.stepper.update, self.stepper.rewarded = self.update, lambda reward_B: {}
-        self.written = 0
+        self.stepper.update, self.written = self.update, 0
         monkeypatch.setattr(sharding, "to_host", self.fetch)
         monkeypatch.setattr(advance, "completions", lambda tokenizer, rollout: rollout)
         monkeypatch.setattr(advance, "verify", self.verify)
