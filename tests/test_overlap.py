@@ -1,5 +1,6 @@
 """The host never stalls the devices: what is dispatched before what is waited for."""
 
+import gzip
 import json
 import os
 import signal
@@ -51,6 +52,7 @@ def test_a_row_is_waited_for_when_the_next_step_is_dispatched_and_before_its_che
         workdir=str(tmp_path),
         checkpoints={"every": 4},
         evaluation={"every": None, "teachers": False},
+        profile="4:6",
     )
     train.run(config)
     assert events == [
@@ -58,6 +60,18 @@ def test_a_row_is_waited_for_when_the_next_step_is_dispatched_and_before_its_che
         *("start 1", "start 2", "row 1", "start 3", "row 2", "start 4", "row 3", "row 4", "save 4"),
         *("start 5", "start 6", "row 5", "judge", "row 6", "save 6"),
     ]
+    steps, until = traced(tmp_path / "profile")
+    assert list(steps) == ["5", "6"]
+    assert until > steps["6"] + 1e3  # microseconds: the last one's programs are in the trace too
+
+
+def traced(folder):
+    """({step: where it begins} of the host's steps, the end of the last program) of a trace."""
+    (file,) = folder.rglob("*.trace.json.gz")
+    events = json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
+    steps = {e["args"]["step_num"]: e["ts"] for e in events if e.get("name") == "train"}
+    ran = [e for e in events if e.get("name", "").startswith("ThunkExecutor::Execute")]
+    return steps, max(e["ts"] + e["dur"] for e in ran)
 
 
 def test_an_error_in_the_prompts_is_the_users_and_comes_after_the_rows_of_finished_steps(
