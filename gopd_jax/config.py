@@ -191,7 +191,7 @@ class Config:
     diagnostics: Diagnostics = field(default_factory=Diagnostics)  # what is looked at besides
     evaluation: Evaluation = field(default_factory=Evaluation)  # accuracy, of what and when
     preflight: str = "refuse"  # what follows a failed check before step 0: refuse, warn; or off
-    profile: str | None = None  # steps "10:13" to trace with the JAX profiler; None: no trace
+    profile: str | None = None  # "10:13" traces what comes after step 10 until 13; None: no trace
 
     def problems(self, *, files: bool = True) -> list[str]:
         """Everything wrong with these settings that can be told without loading anything.

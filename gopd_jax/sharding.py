@@ -11,6 +11,7 @@ import contextlib
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -233,9 +234,18 @@ def shared_work() -> dict:
     return {"share": (jax.process_index(), jax.process_count()), "add": add}
 
 
-def any_process(flag: bool) -> bool:
-    """Whether the flag is set on any process; every process has to ask."""
-    return bool(multihost_utils.process_allgather(np.array(flag)).any())
+def largest(n: int) -> jax.Array:
+    """The largest n of all processes, int32, on each of them; every process has to ask.
+
+    It is computed behind what the devices are at: reading it waits for that, asking does not.
+    """
+    everyone = Mesh(np.array(jax.devices()), ("everyone",))
+    n_D = jax.make_array_from_callback(
+        (jax.device_count(),),
+        NamedSharding(everyone, P("everyone")),
+        lambda _: np.full(1, n, np.int32),
+    )
+    return jax.jit(jnp.max, out_shardings=replicated(everyone))(n_D)
 
 
 def over_rows(function, weights, rows):

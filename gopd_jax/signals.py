@@ -1,5 +1,6 @@
 """SIGTERM and Ctrl-C as a question that the loop asks between two steps."""
 
+import collections
 import contextlib
 import os
 import signal
@@ -14,10 +15,12 @@ from gopd_jax import sharding
 def stop_signals():
     """A function that gives the SIGTERM or SIGINT that came, on any process, or None.
 
+    Several processes have to agree on it, over devices that are at work: each question is answered
+    when the next one is asked, so that nobody waits for a step that was dispatched in between.
     A second signal of a kind acts as if there were no handler, for a run that hangs. A signal that
     was ignored before (nohup, a shell's background job) stays ignored.
     """
-    caught, before = [], {}
+    caught, before, asked = [], {}, collections.deque()
 
     def handle(number, _frame):
         caught.append(number)
@@ -28,10 +31,9 @@ def stop_signals():
     def stop() -> int | None:
         if jax.process_count() == 1:
             return caught[0] if caught else None
-        if not sharding.any_process(bool(caught)):
-            return None
-        terminated = sharding.any_process(signal.SIGTERM in caught)
-        return signal.SIGTERM if terminated else signal.SIGINT
+        asked.append(sharding.largest(max(caught, default=0)))  # SIGTERM is above SIGINT
+        answer = int(asked.popleft().addressable_data(0)) if len(asked) > 1 else 0
+        return signal.Signals(answer) if answer else None
 
     if threading.current_thread() is threading.main_thread():  # elsewhere they are the caller's
         for number in (signal.SIGTERM, signal.SIGINT):

@@ -118,31 +118,44 @@ def finish(begun: Begun) -> Summary:
         if not resumed:
             signal_of = _judge_all(this, judge, state, stop, progress.note)
         watch.lap(0)
-        advance = Stepper(this)
+        advance, under_way = Stepper(this), []  # steps that are dispatched and not yet told of
+        tell = _telling(advance, under_way, watch, writer, progress, adviser)
         state = advance.begin(state)
-        for i in range(start, config.steps):
-            if signal_of := signal_of or stop():
-                break
-            with watch("data"):
-                prompts = next(batches)
-            if i in traced and i == max(start, traced.start):
-                trace.enter_context(jax.profiler.trace(str(workdir / "profile")))
-            state, row = advance(state, prompts, i)
-            now = i + 1
-            if now == traced.stop:
-                trace.close()
-            with watch("evaluate"):
+        try:
+            for i in range(start, config.steps):
+                if signal_of := signal_of or stop():
+                    break
+                with watch("data"):
+                    prompts = next(batches)
+                if i in traced and i == max(start, traced.start):
+                    trace.enter_context(jax.profiler.trace(str(workdir / "profile")))
+                now = i + 1
+                with watch("dispatch"), jax.profiler.StepTraceAnnotation("train", step_num=now):
+                    state, seen = advance.dispatch(state, prompts, i)
+                tell()  # of the step before: the device is at this one meanwhile
+                under_way.append((now, seen))
                 every = config.evaluation.every
-                if now == config.steps or (every and now % every == 0):
-                    judge("student", this.student.decoder, results.whole(this, state), now)
-            timing = watch.lap(row["tokens"])
-            writer.write(now, row, timing)
-            progress.update(now, row, timing)
-            for sentence in adviser.see({"step": now} | row):
-                progress.note(f"advice: {sentence}")
-            with watch("save"):
-                if now == config.steps or now % config.checkpoints.every == 0:
-                    checkpoint.save(manager, now, state, this.identity)
+                evaluates = now == config.steps or (every and now % every == 0)
+                saves = now == config.steps or now % config.checkpoints.every == 0
+                if evaluates:
+                    with watch("wait"):  # for the step, whose seconds are not the evaluation's
+                        jax.block_until_ready(state)
+                    with watch("evaluate"):
+                        judge("student", this.student.decoder, results.whole(this, state), now)
+                if evaluates or saves or now in (traced.start, traced.stop) or advance.looks(now):
+                    tell()  # the host needs this step done; a checkpoint is never without its row
+                if now == traced.stop:
+                    trace.close()
+                with watch("save"):
+                    if saves:
+                        checkpoint.save(manager, now, state, this.identity)
+        except Exception:
+            # The step before the one that failed is done, and its row is written as any other. Not
+            # so on a second Ctrl-C, nor by one process of several: the others would have to help.
+            if jax.process_count() == 1:
+                tell()
+            raise
+        tell()
         reached = int(state.step)
         if signal_of and reached:
             progress.note(f"stopping after step {reached}: saving")
@@ -150,6 +163,28 @@ def finish(begun: Begun) -> Summary:
         manager.wait_until_finished()
     export = None if signal_of else results.export(workdir, this, state)
     return Summary(workdir=workdir, step=reached, stopped_by=signal_of, export=export)
+
+
+def _telling(advance: Stepper, under_way: list, watch, writer, progress, adviser):
+    """(): wait for the steps under way, write their rows, show them and what they say is wrong.
+
+    A row comes when the next step is already dispatched. Nothing that the run computes hangs on it:
+    a gradient that is not finite is left out on the device, in `update`, and advice is a sentence
+    for the reader, as right a step later.
+    """
+
+    def tell():
+        while under_way:
+            at, seen = under_way.pop(0)
+            with watch("wait"):
+                row = advance.row(seen)
+            timing = watch.lap(row["tokens"])
+            writer.write(at, row, timing)
+            progress.update(at, row, timing)
+            for sentence in adviser.see({"step": at} | row):
+                progress.note(f"advice: {sentence}")
+
+    return tell
 
 
 def _steps(profile: str | None) -> range:

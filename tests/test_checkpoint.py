@@ -1,6 +1,8 @@
 """Checkpoints come back bit for bit on any mesh, or are refused with the reason."""
 
+import os
 import re
+import threading
 import time
 
 import jax
@@ -74,6 +76,29 @@ def test_what_is_saved_is_the_state_at_the_call_though_its_buffers_are_reused(ma
         checkpoint.save(manager, 1, state, IDENTITY)
         for _ in range(50):  # while the writer is at work
             state = jax.block_until_ready(advance(state))
+    assert bits(checkpoint.restore(tmp_path, like, IDENTITY)) == want
+
+
+def test_steps_go_on_while_a_checkpoint_is_written(make_mesh, tmp_path, monkeypatch):
+    mesh = make_mesh((8, 1, 1))
+    state = state_on(mesh, 1)
+    want, like, real = bits(state), abstract(state), os.rename
+    done, reached = threading.Event(), threading.Event()
+
+    def rename(*args, **options):  # of the finished directory into its place: the writer's last act
+        reached.set()
+        done.wait(20)
+        return real(*args, **options)
+
+    monkeypatch.setattr(os, "rename", rename)
+    advance = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
+    with checkpoint.open_manager(tmp_path, keep=1) as manager:
+        checkpoint.save(manager, 1, state, IDENTITY)
+        for _ in range(3):
+            state = jax.block_until_ready(advance(state))
+        assert reached.wait(60)
+        assert checkpoint.newest_step(tmp_path) is None
+        done.set()
     assert bits(checkpoint.restore(tmp_path, like, IDENTITY)) == want
 
 
