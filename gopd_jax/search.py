@@ -76,6 +76,7 @@ def search(
     if tries < 1:
         raise ValueError(f"--tries is {tries}; it is the number of compilations, at least 1")
     start = time.perf_counter()
+    say(f"meshes of {len(topology.devices)} devices, and a step traced for each kind of them")
     runs = space(config, topology.devices)
     names = phases.used_by(runs[0]) if names is None else phases.possible(runs[0], names)
     found = ranked(runs, names, topology, mfu=mfu)

@@ -352,6 +352,12 @@ def test_the_command_refuses_with_status_2():
     assert "--topology has to be given; give KIND:SHAPE" in done.stderr
 
 
+def test_a_search_without_a_limit_is_refused_with_status_2():
+    done = command("--config=configs/exopd.py:tiny", "--topology=cpu:4", "--search")
+    assert done.returncode == 2
+    assert "cpu:4 has no limit that is known; give a slice: --topology=v5e:4x4" in done.stderr
+
+
 @pytest.mark.slow
 def test_the_command_prints_a_plan_of_every_phase(tmp_path):
     file = tmp_path / "plan.json"
@@ -386,6 +392,23 @@ def test_a_small_config_fits_a_tpu(tmp_path):
     values = json.loads(file.read_text())
     assert values["phases"]["score"]["fits"] is True
     assert values["estimated_seconds"]
+
+
+@pytest.mark.tpu
+@pytest.mark.usefixtures("needs_libtpu")
+def test_experts_on_the_host_are_no_arguments_of_the_device(tmp_path):
+    file = tmp_path / "plan.json"
+    done = command(
+        *("--config=configs/qwen3.py:4b_moe", "--topology=v5e:4x4", "--phase=score"),
+        *("--config.mesh.fsdp=4", "--config.batch.prompts=16", "--config.batch.microbatches=4"),
+        *("--config.data.prompt_length=128", "--config.sampling.completion_length=128"),
+        *("--config.teachers.large.placement=host", f"--json={file}"),
+    )
+    assert done.returncode == 0, done.stderr
+    memory = json.loads(file.read_text())["phases"]["score"]["memory"]
+    # The reference in float32, over 16 chips; the teacher's 57 GiB come in as temporaries.
+    assert memory["arguments"] == pytest.approx(4.022e9 * 4 / 16, rel=0.01)
+    assert memory["temporaries"] > 30.53e9 * 2 / 16
 
 
 @pytest.mark.tpu
