@@ -1,7 +1,7 @@
 """What a compiled program sends between devices, read off its HLO: a cross-check, not a measure.
 
 The text names operations that the compiler has rewritten, and fused ones keep other names; the sum
-is of the right size where it is large, and may miss what is small.
+is of the right size where it is large, and may miss what is small. Its largest arrays, too.
 """
 
 from __future__ import annotations
@@ -15,6 +15,20 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective
 _SENT = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\(")
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 _CALL = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.-]+)")
+_FUSED = re.compile(r" fusion\(.*calls=%?([\w.-]+)")
+_COMPUTED = re.compile(r"\s+(?:ROOT )?%?[\w.-]+ = (.*?) ([\w-]+)\(")
+_NAME = re.compile(r'op_name="([^"]*)"')
+# Operations whose arrays are another's.
+NO_ARRAY = (
+    "parameter",
+    "get-tuple-element",
+    "bitcast",
+    "constant",
+    "tuple",
+    "while",
+    "conditional",
+)
+NO_ARRAY += ("call", "optimization-barrier")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 
 
@@ -45,6 +59,26 @@ def sent(hlo: str) -> dict[str, float]:
 
     entry = re.search(r"^ENTRY %?([\w.-]+)", hlo, re.MULTILINE)
     return {} if entry is None else {kind: n for kind, n in of(entry[1]).items() if n}
+
+
+def largest(hlo: str, n: int = 4) -> list[tuple[int, str]]:
+    """(bytes, "f32[1,8,64,64] of dot_general") of the n largest arrays of distinct shape that one
+    device computes. They need not exist at one time.
+    """
+    parts = computations(hlo)
+    fused = {name for lines in parts.values() for line in lines for name in _FUSED.findall(line)}
+    found: dict[str, tuple[int, str]] = {}
+    for name, lines in parts.items():
+        for line in lines if name not in fused else ():
+            match = _COMPUTED.match(line)
+            if match is None or match[2] in NO_ARRAY or match[2].endswith("-start"):
+                continue
+            of = _NAME.search(line)
+            what = of[1].rsplit("/", 1)[-1] if of else match[2]
+            for kind, dims in _ARRAY.findall(match[1]):
+                shape = f"{kind}[{dims}]"
+                found.setdefault(shape, (int(_result_bytes(shape, False)), f"{shape} of {what}"))
+    return sorted(found.values(), reverse=True)[:n]
 
 
 def computations(hlo: str) -> dict[str, list[str]]:

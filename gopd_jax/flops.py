@@ -14,6 +14,8 @@ import jax
 import numpy as np
 from jax.extend import core
 
+from gopd_jax import sharding
+
 COMPARISONS = {"lt": operator.lt, "le": operator.le, "gt": operator.gt, "ge": operator.ge}
 
 
@@ -53,13 +55,16 @@ class Work:
         return Work(n * self.narrow, n * self.float32, in_loops)
 
 
-def count(jaxpr) -> Work:
+def count(jaxpr, shares: dict[int, int] | None = None) -> Work:
     """Work of a jaxpr, open or closed, with everything that it calls.
 
     Products are dot_general, ragged_dot and convolutions. Of a cond the dearest branch counts. A
-    shard_map's body counts once for each device. What the compiler drops as unused counts, as it is
-    traced. ValueError for a while loop with products in it
-    and no bound that can be read off.
+    shard_map's body counts once for each device, but for ragged products whose groups are spread
+    over some of them: a row is in one group and so one device's work. What the compiler drops as
+    unused counts, as it is traced. ValueError for a while loop with products in it and no bound
+    that can be read off.
+
+    shares: groups at hand -> devices among which all groups are divided, within a shard_map.
     """
     consts = getattr(jaxpr, "consts", ())
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
@@ -67,37 +72,55 @@ def count(jaxpr) -> Work:
     total = Work()
     for eqn in jaxpr.eqns:
         known.follow(eqn)
-        total += _of(eqn, known)
+        total += _of(eqn, known, shares or {})
     return total
 
 
-def _of(eqn, known: _Known) -> Work:
+def _of(eqn, known: _Known, shares: dict[int, int]) -> Work:
     name, params = eqn.primitive.name, eqn.params
     if name == "dot_general":
         return _product(eqn, _dot_flops(eqn))
     if name == "ragged_dot_general" or name == "ragged_dot":
-        return _product(eqn, _ragged_flops(eqn))
+        n_groups = eqn.invars[2].aval.shape[-1]
+        return _product(eqn, _ragged_flops(eqn) / shares.get(n_groups, 1))
     if name == "conv_general_dilated":
         kernel = eqn.invars[1].aval.shape
         window = math.prod(kernel) / kernel[params["dimension_numbers"].rhs_spec[0]]
         return _product(eqn, 2 * math.prod(eqn.outvars[0].aval.shape) * window)
     if name == "scan":
-        return count(params["jaxpr"]).times(params["length"])
+        return count(params["jaxpr"], shares).times(params["length"])
     if name == "cond":
-        return max((count(branch) for branch in params["branches"]), key=lambda work: work.total)
+        return max(
+            (count(branch, shares) for branch in params["branches"]), key=lambda work: work.total
+        )
     if name == "while":
-        inside = count(params["body_jaxpr"]) + count(params["cond_jaxpr"])
+        inside = count(params["body_jaxpr"], shares) + count(params["cond_jaxpr"], shares)
         if not inside.total:
             return inside
         inside = inside.times(turns(eqn, known))
         return Work(inside.narrow, inside.float32, in_loops=Work(inside.narrow, inside.float32))
+    if name == "shard_map":
+        shares = _shares(params)
     called = Work()
     for inner in _called(params):
-        called += count(inner)
+        called += count(inner, shares)
     if name == "shard_map":
         manual = params.get("manual_axes") or params["mesh"].axis_names
         return called.times(math.prod(params["mesh"].shape[axis] for axis in manual))
     return called
+
+
+def _shares(params: dict) -> dict[int, int]:
+    """Of a shard_map: length at hand -> devices that divide it, of the first axis of operands of
+    three, as the matrices of groups are. Copies for other rows are not other groups.
+    """
+    found = {}
+    for var, spec in zip(params["jaxpr"].invars, params["in_specs"]):
+        if len(var.aval.shape) == 3 and len(spec) and spec[0] is not None:
+            axes = spec[0] if isinstance(spec[0], tuple) else (spec[0],)
+            if axes := {*axes} - {*sharding.ROWS}:
+                found[var.aval.shape[0]] = math.prod(params["mesh"].shape[axis] for axis in axes)
+    return found
 
 
 def _called(params: dict):

@@ -10,7 +10,7 @@ import dataclasses
 import math
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import jax
 
@@ -18,6 +18,7 @@ from gopd_jax import abstract, collectives, flops, sharding, step
 from gopd_jax.chips import FLOAT32_PASSES, GIB, Topology
 from gopd_jax.flops import Work
 from gopd_jax.models import lora
+from gopd_jax.models.decoder import Decoder
 from gopd_jax.models.params import abstract_params, logical_axes
 from gopd_jax.recipe import following
 
@@ -67,8 +68,9 @@ class Memory:
 class Compiled:
     """A phase's answer. memory None: the compiler refused it, exhausted says with what words.
 
-    seconds: of the compilation. work: FLOPs of the whole mesh. sent: bytes of collectives on one
-    device, by kind, where they were counted. estimate: seconds by what takes them.
+    seconds: of the compilation. work: FLOPs of the whole mesh. buffers: the largest arrays, of one
+    device where it says no other. sent: bytes of collectives on one device, by kind, where they
+    were counted. estimate: seconds by what takes them.
     """
 
     name: str
@@ -88,6 +90,20 @@ class Compiled:
 def used_by(run: abstract.Run) -> tuple[str, ...]:
     """The programs that training runs: the fused step, or its stages around a verifier's reward."""
     return PHASES[:3] if run.recipe.objective.reward else ("fused",)
+
+
+def possible(run: abstract.Run, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of `names` that the objective allows. ValueError for unknown ones, and for none."""
+    if unknown := [name for name in names if name not in PHASES]:
+        raise ValueError(f"--phase has {unknown}; the phases are {list(PHASES)}")
+    if run.recipe.objective.reward:  # the host works between the stages
+        names = tuple(name for name in names if name != "fused")
+    if not names:
+        raise ValueError(
+            "--phase=fused, and the objective has a verifier's reward, which the host computes "
+            f"between the stages; there are {list(PHASES[:3])}"
+        )
+    return names
 
 
 def programs(run: abstract.Run, names: tuple[str, ...]) -> Iterator[Program]:
@@ -158,12 +174,15 @@ def compiled(run: abstract.Run, program: Program, topology: Topology, *, mfu: fl
         aliased=told.alias_size_in_bytes,
         beside=max(0, bytes_of(program.held) - arguments),
     )
+    text = made.as_text()
+    arrays = [f"{size / GIB:.2f} GiB {what}" for size, what in collectives.largest(text)]
     return Compiled(
         name=program.name,
         seconds=seconds,
         work=work,
         memory=memory,
-        sent=collectives.sent(made.as_text()),
+        buffers=tuple(arrays),
+        sent=collectives.sent(text),
         estimate=roofline(run, program.name, work, memory, topology, mfu=mfu),
     )
 
@@ -229,6 +248,14 @@ def roofline(
     return found
 
 
+def parts(found: Iterable[Compiled]) -> dict[str, float]:
+    """Seconds by part: of the stages where there are all, else of what was compiled."""
+    named = {one.name: one.estimate for one in found if one.estimate}
+    stages = [named[name] for name in PHASES[:3] if name in named]
+    chosen = stages if len(stages) == 3 or "fused" not in named else [named["fused"]]
+    return {name: seconds for part in chosen for name, seconds in part.items()}
+
+
 def _slower(found: dict, part: str, compute: float, memory: float) -> None:
     found[f"{part}: compute" if compute >= memory else f"{part}: HBM"] = max(compute, memory)
 
@@ -240,17 +267,24 @@ def decode_reads(run: abstract.Run) -> tuple[int, int]:
     because attention masks its empty slots and reads them.
     """
     made, length = run.recipe, run.prompts.tokens_BP.shape[1] + run.recipe.completion_length
-    writers = [(made.student, sum(made.group_rows))]
+    total, turns = 0, made.completion_length - 1
+    for decoder, n_rows, at_once in writers(run):
+        if at_once < n_rows:
+            turns = -(-n_rows * made.completion_length // at_once)
+        total += weights_read(made.mesh, decoder)
+        total += cache_bytes(made.mesh, decoder, at_once, length)
+    return turns, total
+
+
+def writers(run: abstract.Run) -> list[tuple[Decoder, int, int]]:
+    """(who writes completions, of how many rows, of how many at one time), one after another."""
+    made = run.recipe
+    rows = {made.student: sum(made.group_rows)}
     if made.source == "teacher":
         (routes,) = made.routes
-        rows = {i: sum(n for j, n in zip(routes, made.group_rows) if i == j) for i in {*routes}}
-        writers = [(made.teachers[i], n) for i, n in rows.items()]
-    total, turns = 0, made.completion_length - 1
-    for decoder, n_rows in writers:
-        if made.slots is not None and made.slots < n_rows:
-            turns, n_rows = -(-n_rows * made.completion_length // made.slots), made.slots
-        total += _weights_read(made.mesh, decoder) + cache_bytes(made.mesh, decoder, n_rows, length)
-    return turns, total
+        of = {i: sum(n for j, n in zip(routes, made.group_rows) if i == j) for i in {*routes}}
+        return [(made.teachers[i], n, min(n, made.slots or n)) for i, n in of.items()]
+    return [(decoder, n, min(n, made.slots or n)) for decoder, n in rows.items()]
 
 
 def cache_bytes(mesh, decoder, n_rows: int, length: int) -> int:
@@ -263,7 +297,8 @@ def cache_bytes(mesh, decoder, n_rows: int, length: int) -> int:
     return 2 * math.prod(layout.shard_shape(shape)) * jax.numpy.dtype(decoder.dtype).itemsize
 
 
-def _weights_read(mesh, decoder) -> int:
+def weights_read(mesh, decoder) -> int:
+    """Bytes of one device's weights in decode layout, as a token reads them."""
     cfg = lora.base_config(decoder.cfg)
     shapes, axes = abstract_params(cfg), logical_axes(cfg)
     if not cfg.tie_word_embeddings:

@@ -2,8 +2,9 @@
 
 Compiles the step of a config for a slice of TPUs that need not be there, on any CPU, and says per
 phase what it takes of a chip's memory and about how long it would run. Models are read from their
-config.json; weights, tokenizers and data are not needed. Exit status: 0 if it fits, 1 if not, 2 for
-wrong input.
+config.json; weights, tokenizers and data are not needed. Where it does not fit, single changes are
+tried; `--search` looks for the mesh, the microbatches and the recomputation that are fastest. Exit
+status: 0 if it fits, 1 if not, 2 for wrong input, 3 where the compiler itself fails.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 from absl import app, flags
 from rich.console import Console
 
-from gopd_jax import abstract, chips, phases
+from gopd_jax import abstract, chips, phases, search, space
 from gopd_jax import config as settings
 from gopd_jax.chips import GIB, Topology
 from gopd_jax.main import CONFIG, parse, refuse
@@ -32,9 +34,11 @@ TOPOLOGY = flags.DEFINE_string(
 PHASE = flags.DEFINE_list("phase", None, f"Only these of {', '.join(PHASES)}; unset, all four.")
 MFU = flags.DEFINE_float("mfu", 0.5, "Of the chip's peak, that products are assumed to reach.")
 JSON = flags.DEFINE_string("json", None, "File to write all figures to.")
+SEARCH = flags.DEFINE_bool("search", False, "Look for mesh, microbatches and remat that fit.")
+TRIES = flags.DEFINE_integer("tries", 6, "Compilations that --search makes at the most.")
 CHANGES = flags.DEFINE_bool("changes", True, "Where it does not fit, look for a change that does.")
 
-DOES_NOT_FIT = 1
+DOES_NOT_FIT, COMPILER_FAILED = 1, 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,16 +71,8 @@ def plan(
     """
     if not 0 < mfu <= 1:
         raise ValueError(f"--mfu is {mfu}; it is above 0 and at most 1")
-    if unknown := [name for name in names if name not in PHASES]:
-        raise ValueError(f"--phase has {unknown}; the phases are {list(PHASES)}")
     run = abstract.prepare(config, topology.devices)
-    if run.recipe.objective.reward:  # the host works between the stages
-        names = tuple(name for name in names if name != "fused")
-    if not names:
-        raise ValueError(
-            "--phase=fused, and the objective has a verifier's reward, which the host computes "
-            f"between the stages; there are {list(PHASES[:3])}"
-        )
+    names = phases.possible(run, names)
     found = []
     say(f"tracing {', '.join(names)}")
     for program in phases.programs(run, names):
@@ -89,7 +85,7 @@ def plan(
 def changes(c: settings.Config, mesh) -> Iterator[tuple[str, settings.Config]]:
     """(as flags, the config) of single changes that take less memory, the mildest first."""
     pieces, chunk, prompts = c.batch.microbatches, c.batch.head_chunk, c.batch.prompts
-    n_data, n_fsdp, n_tensor = mesh.devices.shape
+    length, (n_data, n_fsdp, n_tensor) = c.sampling.completion_length, mesh.devices.shape
     if not c.batch.remat:
         yield _changed(c, {"batch.remat": True})
     for factor in (2, 4):
@@ -99,9 +95,19 @@ def changes(c: settings.Config, mesh) -> Iterator[tuple[str, settings.Config]]:
             yield _changed(c, {"batch.head_chunk": chunk // factor})
     if n_data % 2 == 0:
         yield _changed(c, {"mesh.data": n_data // 2, "mesh.fsdp": 2 * n_fsdp})
+    if n_fsdp % 2 == 0:  # half of the heads to a device, and as few rows at one time
+        axes = {"mesh.fsdp": n_fsdp // 2, "mesh.tensor": 2 * n_tensor}
+        yield _changed(c, axes | {"batch.microbatches": 2 * pieces})
     for factor in (2, 4):
         if prompts % factor == 0:
-            yield _changed(c, {"batch.prompts": prompts // factor})
+            fewer = {"batch.prompts": prompts // factor}
+            rows = prompts * c.batch.rollouts // (factor * c.batch.updates)
+            if rows % (pieces * n_data * n_fsdp) and pieces % factor == 0:  # less than one a device
+                fewer["batch.microbatches"] = pieces // factor
+            yield _changed(c, fewer)
+    for factor in (2, 4):  # another experiment: the last resort
+        if length % factor == 0:
+            yield _changed(c, {"sampling.completion_length": length // factor})
 
 
 def _changed(c: settings.Config, values: dict) -> tuple[str, settings.Config]:
@@ -115,13 +121,17 @@ def _changed(c: settings.Config, values: dict) -> tuple[str, settings.Config]:
 def first_that_fits(this: Plan, *, mfu: float, say) -> tuple[str | None, list[str]]:
     """(flags of the first single change under which all that failed fits, those that do not).
 
-    Changes that make no sense with the mesh or the batch are left out.
+    Changes that make no sense with the mesh or the batch are left out, and those that cannot fit or
+    by a guess take no less.
     """
     names, tried = tuple(one.name for one in this.too_large), []
+    usable, now = this.topology.chip.usable, space.guess(this.run, names)
     for told, config in changes(this.config, this.run.recipe.mesh):
         try:
-            abstract.prepare(config, this.topology.devices)
+            run = abstract.prepare(config, this.topology.devices)
         except ValueError:
+            continue
+        if space.bound(run, names) > usable or space.guess(run, names) > 0.995 * now:
             continue
         say(f"trying {told}")
         again = plan(config, this.topology, names=names, mfu=mfu, say=say)
@@ -173,7 +183,7 @@ def report(this: Plan) -> str:
 
 def _estimate(this: Plan) -> list[str]:
     """Seconds of the step, of the fused program or of the stages, and what takes most of them."""
-    parts = parts_of(this)
+    parts = phases.parts(this.found)
     if not parts:
         return []
     total = sum(parts.values())
@@ -189,14 +199,6 @@ def _estimate(this: Plan) -> list[str]:
     if large := [one.name for one in this.too_large]:
         lines.append(f"  as if {', '.join(large)} did fit")
     return [*lines, *(f"  assumed: {text}" for text in phases.ASSUMED)]
-
-
-def parts_of(this: Plan) -> dict[str, float]:
-    """Seconds by part: of the stages where there are all, else of what was compiled."""
-    found = {one.name: one.estimate for one in this.found if one.estimate}
-    stages = [found[name] for name in PHASES[:3] if name in found]
-    chosen = stages if len(stages) == 3 or "fused" not in found else [found["fused"]]
-    return {name: seconds for part in chosen for name, seconds in part.items()}
 
 
 def to_json(this: Plan, verdict: str, change: str | None) -> dict:
@@ -222,7 +224,7 @@ def to_json(this: Plan, verdict: str, change: str | None) -> dict:
         "mesh": dict(mesh.shape),
         "usable_bytes": None if chip is None else chip.usable,
         "phases": rows,
-        "estimated_seconds": parts_of(this),
+        "estimated_seconds": phases.parts(this.found),
         "assumed": list(phases.ASSUMED),
         "verdict": verdict,
         "change_that_fits": change,
@@ -269,8 +271,6 @@ def main(argv):
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    config = CONFIG.value
-    names = PHASES if PHASE.value is None else tuple(n for n in PHASES if n in PHASE.value)
     try:
         if TOPOLOGY.value is None:
             raise ValueError(f"--topology has to be given; {chips.FORM}")
@@ -278,9 +278,23 @@ def main(argv):
             raise ValueError(f"--phase has {unknown}; the phases are {list(PHASES)}")
         chips.without_accelerator(TOPOLOGY.value)
         topology = chips.topology(TOPOLOGY.value)
-        this = plan(config, topology, names=names, mfu=MFU.value, say=say)
+        told, fits = (_search if SEARCH.value else _plan)(CONFIG.value, topology, say)
     except (ValueError, OSError) as error:
         refuse(error)
+    except jax.errors.JaxRuntimeError as error:
+        say(f"the compiler failed on the phase above, which is no verdict: {str(error).strip()}")
+        sys.exit(COMPILER_FAILED)
+    if JSON.value:
+        file = Path(JSON.value)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(told, indent=2) + "\n")
+    sys.exit(0 if fits else DOES_NOT_FIT)
+
+
+def _plan(config: settings.Config, topology: Topology, say) -> tuple[dict, bool]:
+    """Print the plan, and a change that would fit where it does not: (for --json, does it fit)."""
+    names = PHASES if PHASE.value is None else tuple(n for n in PHASES if n in PHASE.value)
+    this = plan(config, topology, names=names, mfu=MFU.value, say=say)
     print(report(this), flush=True)
     verdict, change = verdict_of(this), None
     print(f"\n{verdict}", flush=True)
@@ -288,13 +302,26 @@ def main(argv):
         change, tried = first_that_fits(this, mfu=MFU.value, say=say)
         if tried:
             print("does not fit with:\n" + "\n".join(f"  {told}" for told in tried))
-        told = f"fits with: {change}" if change else "no single change that was tried fits"
-        print(told)
-    if JSON.value:
-        file = Path(JSON.value)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(to_json(this, verdict, change), indent=2) + "\n")
-    sys.exit(DOES_NOT_FIT if this.too_large else 0)
+        print(f"fits with: {change}" if change else "no single change that was tried fits")
+    return to_json(this, verdict, change), not this.too_large
+
+
+def _search(config: settings.Config, topology: Topology, say) -> tuple[dict, bool]:
+    """Print what was tried and the best that fits with its plan: (for --json, is there one)."""
+
+    def compile(config: settings.Config, names: tuple[str, ...]) -> Plan:
+        return plan(config, topology, names=names, mfu=MFU.value, say=say)
+
+    names = None if PHASE.value is None else tuple(n for n in PHASES if n in PHASE.value)
+    options = {"names": names, "mfu": MFU.value, "tries": TRIES.value}
+    found = search.search(config, topology, compile, say=say, **options)
+    print(search.report(found, topology), flush=True)
+    told = {"topology": topology.name, "search": search.to_json(found)}
+    if (best := found.best) is None:
+        return told, False
+    verdict = verdict_of(best.plan)
+    print(f"\n{report(best.plan)}\n\n{verdict}", flush=True)
+    return to_json(best.plan, verdict, None) | told, True
 
 
 if __name__ == "__main__":

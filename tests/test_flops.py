@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from families import MOE
 from jax.sharding import PartitionSpec as P
 
 from gopd_jax import collectives, flops, sampler, sharding
 from gopd_jax.models import decoder as lm
+from gopd_jax.models import moe
 from gopd_jax.models.params import abstract_params
 
 A, B = jnp.ones((4, 5)), jnp.ones((5, 6))
@@ -140,6 +142,25 @@ def test_a_shard_map_counts_for_every_device(make_mesh):
         assert work(rows, A, B).total == 4 * ONE
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 1, 1), (1, 1, 4), (2, 2, 2)])
+def test_experts_count_each_pair_of_a_token_and_its_expert_once_on_any_mesh(make_mesh, shape):
+    cfg, mesh = MOE, make_mesh(shape)
+    n, d, f = cfg.num_experts, cfg.hidden_size, cfg.moe_intermediate_size
+    names = {"router": (d, n), "expert_gate": (n, d, f), "expert_up": (n, d, f)}
+    weight = {k: np.ones(s, np.float32) for k, s in (names | {"expert_down": (n, f, d)}).items()}
+    x_BLD = np.ones((4, 5, d), np.float32)
+
+    def loss(x_BLD, weight):
+        return jnp.sin(moe.routed_mlp(x_BLD, weight, cfg)).sum()
+
+    pairs = 2 * 20 * cfg.num_experts_per_tok * 3 * d * f
+    router = 2 * 20 * d * n * shape[2]  # of all tokens, on each device that shares them
+    with sharding.use(mesh):
+        assert work(loss, x_BLD, weight).total == pairs + router
+        both = work(jax.grad(loss, (0, 1)), x_BLD, weight).total
+    assert both == 3 * (pairs + router)
+
+
 def test_a_decoder_counts_two_flops_a_weight_and_token_and_its_attention(make_model):
     decoder, _ = make_model()
     cfg, shapes = decoder.cfg, abstract_params(decoder.cfg)
@@ -237,3 +258,29 @@ def test_a_loop_of_a_tpus_hlo_turns_as_often_as_its_condition_says():
     }
     told = HLO.replace("body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"3"}}')
     assert collectives.sent(told)["all-reduce"] == 3 * (2 + 3) * 4
+
+
+def test_the_largest_arrays_are_of_one_device_and_not_those_inside_a_fusion():
+    text = """HloModule jit_f
+
+%fused (p: f32[64,64]) -> f32[8] {
+  %p = f32[64,64]{1,0} parameter(0)
+  %inside = f32[64,64,64]{2,1,0} broadcast(%p), dimensions={0,1}
+  ROOT %r = f32[8]{0} reduce(%inside)
+}
+
+ENTRY %main (x: f32[1024]) -> f32[8] {
+  %x = f32[1024]{0} parameter(0)
+  %both = (bf16[16,8]{1,0:T(8,128)(2,1)}, f32[16]{0}) fusion(%x), metadata={op_name="f/dot"}
+  %again = bf16[16,8]{1,0} copy(%both)
+  ROOT %y = f32[8]{0} fusion(%both), kind=kLoop, calls=%fused
+}
+"""
+    assert collectives.largest(text) == [
+        (256, "bf16[16,8] of dot"),
+        (64, "f32[16] of dot"),
+        (32, "f32[8] of fusion"),
+    ]
+    f = jax.jit(lambda x: jnp.sin(x[:, None] * x[None]) @ x)
+    text = f.lower(jnp.ones(32)).compile().as_text()
+    assert collectives.largest(text, 1)[0][0] == 4 * 32 * 32

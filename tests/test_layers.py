@@ -26,7 +26,8 @@ LAYERS = (
     ("setup",),
     ("probe", "preflight", "results", "advance", "abstract"),
     ("phases",),
-    ("train",),
+    ("train", "space"),
+    ("search",),
     (
         *("main", "score", "generate", "command", "expo", "export", "plan"),
         *("report", "checklist", "account", "plots", "charts"),

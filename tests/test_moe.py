@@ -1,6 +1,7 @@
 """Routed experts against all experts computed for all tokens; on meshes against one device."""
 
 import dataclasses
+import re
 
 import flax.linen as nn
 import jax
@@ -94,3 +95,14 @@ def test_the_router_works_in_float32_whatever_the_dtype():
     error_BLD = np.abs(np.asarray(got_BLD - want_BLD, np.float32))[positive_BL]
     assert positive_BL.any()
     assert error_BLD.max() < 0.02 * np.abs(np.asarray(want_BLD, np.float32)).max()
+
+
+@pytest.mark.parametrize(("dtype", "precision"), [("float32", "HIGHEST"), ("bfloat16", "None")])
+def test_products_ask_for_more_than_one_pass_of_float32_alone(dtype, precision):
+    # The TPU's kernel fails on bfloat16 at precision "highest".
+    text = str(
+        jax.make_jaxpr(lambda x, w: moe.routed_mlp(x, w, MOE))(tokens().astype(dtype), weights())
+    )
+    asked = re.findall(r"ragged_dot\w*\[.*?\bprecision=(\S+)", text, re.DOTALL)
+    assert len(asked) == 3
+    assert all(precision in one for one in asked)

@@ -192,14 +192,14 @@ def test_the_planned_cache_is_the_samplers(make_model, make_mesh):
 
 def test_the_changes_that_are_tried_are_single_and_the_first_that_fits_is_named(exopd, monkeypatch):
     this, _ = exopd
-    chip = dataclasses.replace(CHIP, usable=1)
+    chip = dataclasses.replace(CHIP, usable=this.found[0].memory.peak - 1)
     this = dataclasses.replace(this, topology=dataclasses.replace(CPU8, chip=chip))
     asked = []
 
     def planned(config, topology, *, names, mfu, say):
         asked.append((names, config.batch.microbatches, config.batch.head_chunk, config.mesh.fsdp))
         fits = config.mesh.fsdp == 2
-        usable = dataclasses.replace(chip, usable=2**40 if fits else 1)
+        usable = dataclasses.replace(chip, usable=2**40 if fits else chip.usable)
         return dataclasses.replace(this, topology=dataclasses.replace(CPU8, chip=usable))
 
     monkeypatch.setattr(plan, "plan", planned)
@@ -209,18 +209,32 @@ def test_the_changes_that_are_tried_are_single_and_the_first_that_fits_is_named(
         ["--config.batch.remat=True"],
     )
     assert asked == [(("fused",), 1, 9, 1), (("fused",), 1, 9, 2)]
-    wide = dataclasses.replace(
-        this.config, batch=dataclasses.replace(this.config.batch, prompts=32)
-    )
-    wide.batch.head_chunk, wide.batch.remat = 8, True  # which is tried where it is not set
-    this = dataclasses.replace(this, config=wide)
-    found, tried = plan.first_that_fits(this, mfu=0.5, say=print)
-    assert found == "--config.mesh.data=4 --config.mesh.fsdp=2"
-    assert tried == [
-        "--config.batch.microbatches=2",
-        "--config.batch.microbatches=4",
-        "--config.batch.head_chunk=4",
-        "--config.batch.head_chunk=2",
+    more = ["--config.batch.microbatches=2", "--config.batch.microbatches=4"]
+    smaller = ["--config.batch.head_chunk=16", "--config.batch.head_chunk=8"]
+    # Logits of 8 positions are hardly any of the memory, and then fewer are no help.
+    for chunk, others in ((32, smaller), (8, [])):
+        wide = dataclasses.replace(this.config.batch, prompts=32, head_chunk=chunk, remat=True)
+        config = dataclasses.replace(this.config, batch=wide)
+        run = abstract.prepare(config, CPU8.devices)
+        there = dataclasses.replace(this, config=config, run=run)
+        found, tried = plan.first_that_fits(there, mfu=0.5, say=print)
+        assert found == "--config.mesh.data=4 --config.mesh.fsdp=2"
+        assert tried == more + others
+
+
+def test_the_changes_keep_the_rows_of_a_device_and_end_with_fewer_tokens(exopd):
+    this, _ = exopd
+    batch = dataclasses.replace(this.config.batch, prompts=64, microbatches=8, remat=True)
+    config = dataclasses.replace(this.config, batch=batch, mesh=Mesh(fsdp=8))
+    told = [
+        told for told, _ in plan.changes(config, abstract.prepare(config, CPU8.devices).recipe.mesh)
+    ]
+    # One row of a microbatch on each device: twice the tensor axis is half as many row shards.
+    assert "--config.mesh.fsdp=4 --config.mesh.tensor=2 --config.batch.microbatches=16" in told
+    assert "--config.batch.prompts=32 --config.batch.microbatches=4" in told
+    assert told[-2:] == [
+        "--config.sampling.completion_length=18",
+        "--config.sampling.completion_length=9",
     ]
 
 
@@ -352,6 +366,12 @@ def test_the_command_refuses_with_status_2():
     assert "--topology has to be given; give KIND:SHAPE" in done.stderr
 
 
+def test_a_search_without_a_limit_is_refused_with_status_2():
+    done = command("--config=configs/exopd.py:tiny", "--topology=cpu:4", "--search")
+    assert done.returncode == 2
+    assert "cpu:4 has no limit that is known; give a slice: --topology=v5e:4x4" in done.stderr
+
+
 @pytest.mark.slow
 def test_the_command_prints_a_plan_of_every_phase(tmp_path):
     file = tmp_path / "plan.json"
@@ -386,6 +406,23 @@ def test_a_small_config_fits_a_tpu(tmp_path):
     values = json.loads(file.read_text())
     assert values["phases"]["score"]["fits"] is True
     assert values["estimated_seconds"]
+
+
+@pytest.mark.tpu
+@pytest.mark.usefixtures("needs_libtpu")
+def test_experts_on_the_host_are_no_arguments_of_the_device(tmp_path):
+    file = tmp_path / "plan.json"
+    done = command(
+        *("--config=configs/qwen3.py:4b_moe", "--topology=v5e:4x4", "--phase=score"),
+        *("--config.mesh.fsdp=4", "--config.batch.prompts=16", "--config.batch.microbatches=4"),
+        *("--config.data.prompt_length=128", "--config.sampling.completion_length=128"),
+        *("--config.teachers.large.placement=host", f"--json={file}"),
+    )
+    assert done.returncode == 0, done.stderr
+    memory = json.loads(file.read_text())["phases"]["score"]["memory"]
+    # The reference in float32, over 16 chips; the teacher's 57 GiB come in as temporaries.
+    assert memory["arguments"] == pytest.approx(4.022e9 * 4 / 16, rel=0.01)
+    assert memory["temporaries"] > 30.53e9 * 2 / 16
 
 
 @pytest.mark.tpu

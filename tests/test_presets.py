@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tiny
 
-from gopd_jax import microworld, problems, train
+from gopd_jax import abstract, microworld, problems, train
 from gopd_jax.microworld import dataset
 from gopd_jax.models import hf
 from gopd_jax.models import params as lm_params
@@ -37,7 +37,7 @@ ARGUMENTS = {
     "gae_opd": [None],
     "cr_opd": [None],
     "kdrl": [None],
-    "qwen3": [None],
+    "qwen3": [None, "1.7b", "4b_moe", "8b"],
 }
 EVERY = [(name, word) for name, words in ARGUMENTS.items() for word in words]
 ON_THE_MICROWORLD = [pair for pair in EVERY if pair[0] != "qwen3"]
@@ -138,6 +138,24 @@ def test_qwen3_is_the_papers_recipe():
     assert rows % (settings["batch.microbatches"] * settings["mesh.fsdp"]) == 0
 
 
+@pytest.mark.parametrize("word", ["1.7b", "4b_moe", "8b"])
+def test_qwen3_of_a_published_size_differs_in_its_models_alone_and_needs_data(word):
+    config, default = preset("qwen3", word), preset("qwen3")
+    assert [text.split(" ")[0] for text in config.problems()] == ["data.train", "data.test"]
+    assert config.student.path == config.reference.path
+    for model in (config.student, *config.teachers.values()):
+        cfg, _ = abstract.model_config(model.path)
+        assert cfg.num_key_value_heads % config.mesh.tensor == 0
+        assert cfg.max_position_embeddings >= 2048 + 16384
+    apart = ("teachers.", "routes.")
+    values, same = (
+        {key: x for key, x, _ in problems.leaves(c) if not key.startswith(apart)}
+        for c in (config, default)
+    )
+    differ = {key for key in values if values[key] != same[key]}
+    assert differ == {"workdir", "student.path", "reference.path"}
+
+
 @pytest.mark.parametrize(("name", "word"), EVERY)
 def test_no_two_roles_share_an_object(name, word):
     # A flag changes a model in place: --config.reference.path must leave the student alone.
@@ -170,7 +188,7 @@ def test_an_unknown_word_lists_the_known(name):
     known = sorted({"tiny", *(word for word in ARGUMENTS[name] if word)})
     with pytest.raises(ValueError, match="'fast'") as error:
         preset(name, "fast,tiny")
-    assert sorted(re.findall(r"'(\w+)'", str(error.value).split("the words are")[1])) == known
+    assert sorted(re.findall(r"'([\w.]+)'", str(error.value).split("the words are")[1])) == known
 
 
 @pytest.mark.parametrize(

@@ -70,8 +70,11 @@ def _own_experts(x_BLD, router_DR, gate_RDF, up_RDF, down_RFD, *, cfg: ModelConf
     size_R = jnp.sum(choice_x[:, None] == jnp.arange(n_own), axis=0, dtype=jnp.int32)
     own_x1 = (jnp.arange(choice_x.size) < size_R.sum())[:, None]
 
+    # As in ops.einsum. With bfloat16, which it would not change, the TPU's kernel is an error.
+    precision = "highest" if x_BLD.dtype == jnp.float32 else None
+
     def dot(x, weight):  # behind the groups anything may stand, also in the gradient
-        product = jax.lax.ragged_dot(jnp.where(own_x1, x, 0), weight, size_R, precision="highest")
+        product = jax.lax.ragged_dot(jnp.where(own_x1, x, 0), weight, size_R, precision=precision)
         return jnp.where(own_x1, product, 0)
 
     if (

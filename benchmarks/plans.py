@@ -1,0 +1,295 @@
+"""Whether the published sizes of configs/qwen3.py fit slices of TPUs, phase by phase.
+
+    python -m benchmarks.plans                      # all; writes docs/plans.md and docs/plans.jsonl
+    python -m benchmarks.plans --only="8b on v6e"   # some of them
+
+Each phase is compiled by `python -m gopd_jax.plan` in a process of its own, one after another, so
+that one which crashes or is killed for its memory is told as such and the others go on. An answer
+is a line of the record: what has one is not compiled again, so a run that was stopped continues,
+and what failed is tried again. Delete the record to begin anew. Needs libtpu, and hours; the
+compiler takes several GB. The exit status is 1 while a phase has no answer.
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+from gopd_jax.chips import GIB
+from gopd_jax.phases import PHASES
+
+ROOT = Path(__file__).resolve().parents[1]
+LIMIT = 3600.0  # seconds for a process: a phase, or all changes that are tried where one fails
+ANSWERED = (0, 1)  # it fits, it does not
+PRESETS = ("1.7b", "4b_moe", "8b")
+# The preset's mesh is for 64 chips; on 256, as many ways along the heads as all models divide.
+WIDE = ("--config.mesh.fsdp=32", "--config.mesh.tensor=8", "--config.batch.microbatches=32")
+WIDE_MOE = ("--config.mesh.fsdp=64", "--config.mesh.tensor=4", "--config.batch.microbatches=16")
+SLICES = ("v5e:16x16", "v5p:4x4x4", "v6e:16x16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """A preset on a slice."""
+
+    preset: str
+    topology: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.preset} on {self.topology}"
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        if self.topology == "v5p:4x4x4":
+            return ()
+        return WIDE_MOE if "moe" in self.preset else WIDE
+
+
+CELLS = tuple(Cell(preset, topology) for topology in SLICES for preset in PRESETS)
+
+
+def asked(cell: Cell, what: str) -> list[str]:
+    """The command of a phase; what = "change": of what would fit where the step does not."""
+    phase = [f"--phase={what}", "--nochanges"] if what in PHASES else ["--phase=fused"]
+    return [
+        *(sys.executable, "-m", "gopd_jax.plan", f"--config=configs/qwen3.py:{cell.preset}"),
+        *(f"--topology={cell.topology}", *cell.flags, *phase),
+    ]
+
+
+def answer(cell: Cell, what: str, limit: float, run=subprocess.run) -> dict:
+    """The record's line. ValueError where the command refuses its input, which is ours."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    environment["PYTHONPATH"] = os.pathsep.join(
+        filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))
+    )
+    start, status, said, told = time.perf_counter(), None, "", None
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory) / "plan.json"
+        command = [*asked(cell, what), f"--json={file}"]
+        options = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True}
+        try:
+            done = run(command, timeout=limit, **options)
+            status, said = done.returncode, done.stderr
+        except subprocess.TimeoutExpired:
+            said = f"no answer after {limit:.0f} s"
+        if status in ANSWERED and file.is_file():
+            told = json.loads(file.read_text())
+    if status == 2:
+        raise ValueError(f"{' '.join(command)}\n{said.strip()}")
+    if status in ANSWERED and told is None:  # an exception of Python's, not a verdict
+        status = None
+    return {
+        **dataclasses.asdict(cell),
+        "flags": list(cell.flags),
+        "what": what,
+        "status": status,
+        "said": "" if told else why(status, said),
+        "seconds": time.perf_counter() - start,
+        "versions": {name: metadata.version(name) for name in ("jax", "libtpu")},
+        "plan": told,
+    }
+
+
+def why(status: int | None, said: str) -> str:
+    """What became of a process that gave no answer."""
+    last = next((line for line in reversed(said.splitlines()) if line.strip()), "")
+    if status is not None and status < 0:
+        memory = ", as for lack of memory" if status == -9 else ""
+        return f"killed by signal {-status}{memory}"
+    lines = [line for line in said.splitlines() if line.startswith("the compiler failed")]
+    return (lines[0] if lines else last)[:300]
+
+
+class Record:
+    """Answers by cell and phase, kept in a file of JSON lines; the last of each counts."""
+
+    def __init__(self, file: Path):
+        self.file, self.of = file, {}
+        for text in file.read_text().splitlines() if file.is_file() else ():
+            try:
+                line = json.loads(text)
+            except json.JSONDecodeError:
+                continue  # the line that a killed run was writing
+            self._keep(line)
+
+    def _keep(self, line: dict) -> None:
+        key = line["preset"], line["topology"], tuple(line["flags"]), line["what"]
+        self.of[key] = line
+
+    def get(self, cell: Cell, what: str) -> dict | None:
+        return self.of.get((cell.preset, cell.topology, cell.flags, what))
+
+    def answered(self, cell: Cell, what: str) -> bool:
+        line = self.get(cell, what)
+        return line is not None and line["status"] in ANSWERED
+
+    def add(self, line: dict) -> None:
+        self._keep(line)
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        text = self.file.read_text() if self.file.is_file() else ""
+        begun = "" if not text or text.endswith("\n") else "\n"
+        with self.file.open("a") as out:
+            out.write(f"{begun}{json.dumps(line)}\n")
+
+
+def wanted(cell: Cell, record: Record) -> Iterator[str]:
+    """Its phases that have no answer yet, and then a change, where the step does not fit."""
+    for name in PHASES:
+        if not record.answered(cell, name):
+            yield name
+    fused = record.get(cell, "fused")
+    if fused is not None and fused["status"] == 1 and not record.answered(cell, "change"):
+        yield "change"
+
+
+# --- the document
+
+HEAD = """# Plans of the published sizes
+
+Each preset of `configs/qwen3.py` with prompts of 2048 and completions of up to 16384 tokens, 1024
+rows a step, compiled for slices of TPUs on a CPU. **Nothing was run**: GiB are the compiler's own
+account of one device, seconds a roofline under the assumptions below, that leaves collectives out.
+Training runs `fused`. Made by `python -m benchmarks.plans`, which continues the record beside it
+({versions}).
+"""
+
+
+def document(record: Record, cells=CELLS) -> str:
+    """The tables, of what has an answer so far."""
+    lines = [
+        line for cell in cells for what in (*PHASES, "change") if (line := record.get(cell, what))
+    ]
+    versions = sorted({f"{k} {v}" for line in lines for k, v in line["versions"].items()})
+    head = HEAD.format(versions=", ".join(versions) or "it is empty")
+    rows = [
+        "| preset | slice | mesh | step, GiB a device | verdict | estimated step | most of it |",
+        "|---|---|---|---:|---|---:|---|",
+        *(_summary(cell, record) for cell in cells),
+    ]
+    parts = [part for cell in cells for part in _details(cell, record)]
+    told = next((line["plan"] for line in lines if line["plan"]), {"assumed": []})
+    assumed = ["", "## Assumed", "", *(f"- {text}" for text in told["assumed"])]
+    return "\n".join([head, *rows, *parts, *assumed, ""])
+
+
+def _summary(cell: Cell, record: Record) -> str:
+    fused = record.get(cell, "fused")
+    if fused is None or fused["plan"] is None:
+        said = "not compiled yet" if fused is None else f"no answer: {fused['said']}"
+        return f"| {cell.preset} | {cell.topology} | | | {said} | | |"
+    plan, one = fused["plan"], fused["plan"]["phases"]["fused"]
+    verdict = "fits" if one["fits"] else "does not fit"
+    if (change := record.get(cell, "change")) and not one["fits"]:
+        found = change["plan"] and change["plan"]["change_that_fits"]
+        verdict += f"; fits with `{found}`" if found else "; no single change that was tried does"
+    mesh = " × ".join(str(size) for size in plan["mesh"].values())
+    seconds, most = _estimate(cell, record)
+    return (
+        f"| {cell.preset} | {cell.topology} | {mesh} | {_size(one)} of "
+        f"{plan['usable_bytes'] / GIB:.2f} | {verdict} | {seconds} | {most} |"
+    )
+
+
+def _estimate(cell: Cell, record: Record) -> tuple[str, str]:
+    """(seconds and tokens a second, the part that takes most): of the stages, else of the step."""
+    lines = [record.get(cell, name) for name in PHASES]
+    plans = [line["plan"] if line else None for line in lines]
+    chosen = plans[:3] if all(plans[:3]) else plans[3:]
+    parts = {k: s for plan in chosen if plan for k, s in plan["estimated_seconds"].items()}
+    if not parts:
+        return "", ""
+    total, worst = sum(parts.values()), max(parts, key=parts.get)
+    c = next(plan["config"] for plan in chosen if plan)
+    tokens = c["batch"]["prompts"] * c["batch"]["rollouts"] * c["sampling"]["completion_length"]
+    share = 100 * parts[worst] / total
+    return f"{total:,.0f} s, {tokens / total:,.0f} tokens/s", f"{worst}, {share:.0f} %"
+
+
+def _size(one: dict) -> str:
+    size = one["memory"]["peak"] if one["memory"] else one["needed"]
+    return "?" if size is None else f"{size / GIB:.2f}"
+
+
+def _details(cell: Cell, record: Record) -> Iterator[str]:
+    if not any(record.get(cell, name) for name in PHASES):
+        return
+    yield f"\n## {cell.name}\n"
+    yield f"`--config=configs/qwen3.py:{cell.preset} --topology={cell.topology}"
+    yield f"{' '.join(('', *cell.flags))}`\n"
+    yield "| phase | GiB a device | arguments | temporaries | verdict | PFLOP | compiled in |"
+    yield "|---|---:|---:|---:|---|---:|---:|"
+    arrays = []
+    for name in PHASES:
+        line = record.get(cell, name)
+        if line is None or line["plan"] is None:
+            said = "not compiled yet" if line is None else f"no answer: {line['said']}"
+            yield f"| {name} | | | | {said} | | |"
+            continue
+        one = line["plan"]["phases"][name]
+        memory = one["memory"] or {}
+        sizes = [
+            f"{memory[key] / GIB:.2f}" if memory else "" for key in ("arguments", "temporaries")
+        ]
+        verdict = "fits" if one["fits"] else "does not fit"
+        flops = sum(one["flops"].values()) / 1e15
+        yield (
+            f"| {name} | {_size(one)} | {' | '.join(sizes)} | {verdict} | {flops:,.1f} | "
+            f"{one['compile_seconds']:.0f} s |"
+        )
+        arrays += [f"- {name}: {what}" for what in one["buffers"][:3]]
+    yield "\nThe largest arrays:\n"
+    yield from arrays
+    estimates = {
+        k: s
+        for name in PHASES[:3]
+        if (line := record.get(cell, name)) and line["plan"]
+        for k, s in line["plan"]["estimated_seconds"].items()
+    }
+    if estimates:
+        told = ", ".join(f"{name} {seconds:,.1f} s" for name, seconds in estimates.items())
+        yield f"\nEstimated: {told}."
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "docs/plans.md")
+    parser.add_argument("--record", type=Path, default=ROOT / "docs/plans.jsonl")
+    parser.add_argument("--only", default="", help='part of a name such as "8b on v6e:16x16"')
+    parser.add_argument("--limit", type=float, default=LIMIT, help="seconds for one process")
+    given = parser.parse_args()
+    cells = [cell for cell in CELLS if given.only in cell.name]
+    if not cells:
+        parser.error(f"--only={given.only}; there are {[cell.name for cell in CELLS]}")
+    if importlib.util.find_spec("libtpu") is None:
+        parser.error('the TPU compiler, libtpu, is not installed: pip install "jax[tpu]"')
+    record, missing = Record(given.record), 0
+    for i, cell in enumerate(cells):
+        for what in wanted(cell, record):
+            print(f"{i + 1}/{len(cells)} {cell.name}: {what}", flush=True)
+            line = answer(cell, what, given.limit)
+            record.add(line)
+            missing += line["status"] not in ANSWERED
+            told = line["plan"]["verdict"] if line["plan"] else f"no answer: {line['said']}"
+            print(f"  {told}, {line['seconds']:.0f} s", flush=True)
+            given.out.write_text(document(record))
+    given.out.write_text(document(record))
+    return 1 if missing else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except ValueError as error:
+        sys.exit(str(error))
