@@ -227,7 +227,9 @@ def _descend(recipe, one: _Piece, state: TrainState, rows):
             )
             return jax.tree.map(jnp.add, carry, ((loss, value_loss), grads)), seen
 
-        zero = (jnp.float32(0), jnp.float32(0)), jax.tree.map(jnp.zeros_like, trained)
+        # float32 sums, whatever is summed.
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), trained)
+        zero = (jnp.float32(0), jnp.float32(0)), zeros
         (losses, grads), seen = jax.lax.scan(add, zero, batching.split(rows, recipe.microbatches))
         return losses, grads, batching.join(seen, recipe.microbatches)
 
@@ -265,7 +267,8 @@ def _apply(recipe, state: TrainState, losses, grads):
     params = optax.apply_updates(state.params, updates)
     ema = None
     if (decay := recipe.ema_decay) is not None:
-        ema = jax.tree.map(lambda m, p: decay * m + (1 - decay) * p, state.ema, params)
+        wide = jax.tree.map(lambda m, p: p.astype(m.dtype), state.ema, params)
+        ema = jax.tree.map(lambda m, p: decay * m + (1 - decay) * p, state.ema, wide)
     new = params, opt_state, ema
     old = state.params, state.opt_state, state.ema
     params, opt_state, ema = optimizer.where(learns, new, old)

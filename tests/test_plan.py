@@ -60,6 +60,9 @@ CASES = {
     "a teacher on the host": lambda root: {"teachers": both(root, "teacher_{}", placement="host")},
     "a critic": lambda root: {"critic": Critic(), "objective": {"credit": "gae(lam=0.9)"}},
     "a lambda by task": lambda root: {"objective": {"task_lam": {"math": 1.5}}},
+    "a narrow state": lambda root: {
+        "optimizer": dict.fromkeys(("moment_dtype", "weights_dtype"), "bfloat16")
+    },
     "one teacher for both": lambda root: {"routes": {"code": "math"}},
 }
 
@@ -113,6 +116,18 @@ def test_the_fused_steps_arguments_are_state_frozen_models_and_prompts(exopd):
     assert one.memory.beside == 0
     assert one.memory.temporaries > 0
     assert any("compiling fused (1/1)" in text for text in said)
+
+
+@pytest.mark.parametrize(("adapters", "kept"), [(None, 0), (Lora(rank=2), 1)])
+def test_the_students_first_weights_are_held_where_they_are_frozen_alone(root, adapters, kept):
+    config = tiny.config(root, reference=None, objective={"lam": 1.0}, lora=adapters)
+    run = abstract.prepare(config, jax.devices())
+    (generate,) = phases.programs(run, ("generate",))
+    teachers = [run.roles[f"teacher:{task}"].params for task in ("math", "code")]
+    base = phases.bytes_of(run.frozen.base)
+    assert (base > 0) == bool(kept)
+    parts = abstract.state(run), teachers, run.prompts
+    assert phases.bytes_of(generate.held) == phases.bytes_of(parts) + base
 
 
 def test_a_donated_state_is_counted_once(exopd):
@@ -192,13 +207,13 @@ def test_the_changes_that_are_tried_are_single_and_the_first_that_fits_is_named(
     # Eight rows on eight devices are not divided further, and 9 is not even.
     assert plan.first_that_fits(this, mfu=0.5, say=print) == (
         "--config.mesh.data=4 --config.mesh.fsdp=2",
-        ["--config.batch.remat=True"],
+        ["--config.batch.remat=products", "--config.batch.remat=layers"],
     )
-    assert asked == [(("fused",), 1, 9, 1), (("fused",), 1, 9, 2)]
+    assert asked == [(("fused",), 1, 9, 1), (("fused",), 1, 9, 1), (("fused",), 1, 9, 2)]
     wide = dataclasses.replace(
         this.config, batch=dataclasses.replace(this.config.batch, prompts=32)
     )
-    wide.batch.head_chunk, wide.batch.remat = 8, True  # which is tried where it is not set
+    wide.batch.head_chunk, wide.batch.remat = 8, "layers"  # which is tried where it is not set
     this = dataclasses.replace(this, config=wide)
     found, tried = plan.first_that_fits(this, mfu=0.5, say=print)
     assert found == "--config.mesh.data=4 --config.mesh.fsdp=2"
