@@ -57,9 +57,9 @@ def count(jaxpr) -> Work:
     """Work of a jaxpr, open or closed, with everything that it calls.
 
     Products are dot_general, ragged_dot and convolutions. Of a cond the dearest branch counts. A
-    shard_map's body counts once for each device. What the compiler drops as unused counts, as it is
-    traced. ValueError for a while loop with products in it
-    and no bound that can be read off.
+    shard_map's body counts once for each device, a kernel's for each block of its grid. What the
+    compiler drops as unused counts, as it is traced. ValueError for a while loop with products in
+    it and no bound that can be read off.
     """
     consts = getattr(jaxpr, "consts", ())
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
@@ -91,6 +91,11 @@ def _of(eqn, known: _Known) -> Work:
             return inside
         inside = inside.times(turns(eqn, known))
         return Work(inside.narrow, inside.float32, in_loops=Work(inside.narrow, inside.float32))
+    if name == "pallas_call":
+        # A kernel's products are bfloat16 passes whatever their operands, where it asks for no
+        # precision. The dearest turn counts for each: blocks that a mask skips count too.
+        turns_of_grid = math.prod(params["grid_mapping"].grid)
+        return Work(narrow=turns_of_grid * count(params["jaxpr"]).total)
     called = Work()
     for inner in _called(params):
         called += count(inner)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from families import GEMMA3, LLAMA, QWEN3
 
-from gopd_jax import sharding
+from gopd_jax import chips, flops, sharding
 from gopd_jax.models import attention
 from gopd_jax.models import decoder as lm
 from gopd_jax.models import params as lm_params
@@ -205,6 +205,55 @@ def test_bfloat16_in_is_bfloat16_out_with_a_softmax_in_float32():
         want, _ = oracle(*given, valid_BL, None, given[0])
         # A weight is rounded once; a softmax of bfloat16 scores is off by ten times as much.
         np.testing.assert_allclose(np.asarray(out, np.float64), want, atol=2e-2)
+
+
+def test_a_kernels_products_are_counted_block_by_block():
+    given = [jax.ShapeDtypeStruct(x.shape, jnp.bfloat16) for x in drawn(2, 512, 3)]
+    mask = np.ones((3, 1, 512), bool)
+
+    def attend(q, k, v):
+        return attention.whole_rows("splash", q, k, v, mask).astype(jnp.float32).sum()
+
+    one = 2 * 3 * HEADS * 512 * 512 * WIDTH  # a product of all queries with all keys
+    assert flops.count(jax.make_jaxpr(attend)(*given)) == flops.Work(narrow=2 * one)
+    both = flops.count(jax.make_jaxpr(jax.grad(attend, argnums=(0, 1, 2)))(*given))
+    # Again the scores and what they weigh, for queries and for keys and values; then the gradients.
+    assert both.narrow == pytest.approx((2 + 3 + 4) * one, rel=0.01)
+
+
+# --- with the TPU's compiler
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize(
+    ("tensor", "width", "length"), [(1, 128, 1100), (2, 64, 640), (2, 256, 128)]
+)
+def test_splash_compiles_for_a_tpu_and_never_holds_all_scores(tensor, width, length):
+    pytest.importorskip("libtpu", reason='the TPU compiler: pip install "jax[tpu]"')
+    topology = chips.topology("v5e:2x2")
+    mesh = sharding.make_mesh(None, 1, tensor, devices=topology.devices)
+    rows, heads = ("batch", "length", "heads", None), ("batch", "kv_heads", "length", None)
+    shapes = (8, length, 8, width), (8, 4, length, width), (8, 4, length, width)
+    given = [
+        jax.ShapeDtypeStruct(
+            shape, jnp.bfloat16, sharding=sharding.shardings(mesh, {"x": names})["x"]
+        )
+        for shape, names in zip(shapes, (rows, heads, heads))
+    ]
+    whole = sharding.replicated(mesh)
+    valid_B1L = jax.ShapeDtypeStruct((8, 1, length), bool, sharding=sharding.by_rows(mesh))
+    slides = jax.ShapeDtypeStruct((), bool, sharding=whole)
+
+    def loss(q, k, v, valid_B1L, slides):
+        out = attention.whole_rows("splash", q, k, v, valid_B1L, window=100, slides=slides)
+        return jnp.sum(jnp.square(out.astype(jnp.float32)))
+
+    with sharding.use(mesh):
+        traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(*given, valid_B1L, slides)
+        made = traced.lower().compile()
+    scores = 8 * 8 * length**2 * 4 // 4  # float32, of one of the four devices
+    if length > 1000:
+        assert made.memory_analysis().temp_size_in_bytes < scores / 2
 
 
 # --- which is taken

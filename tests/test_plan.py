@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny
 
-from gopd_jax import abstract, advance, chips, phases, plan, setup, sharding
+from gopd_jax import abstract, advance, assembly, chips, phases, plan, setup, sharding
 from gopd_jax.chips import Chip, Topology
 from gopd_jax.config import Critic, Lora, Mesh, Model
 from gopd_jax.flops import Work
@@ -78,10 +78,10 @@ def test_so_has_that_of_a_preset_whose_prompts_hold_more(name):
     require_same(preset(name))
 
 
-def preset(name):
+def preset(name, argument="tiny"):
     names: dict = {}
     exec((tiny.REPOSITORY / f"configs/{name}.py").read_text(), names)
-    return names["get_config"]("tiny")
+    return names["get_config"](argument)
 
 
 def require_same(config):
@@ -288,6 +288,17 @@ def test_a_model_that_is_not_there_is_refused_with_the_names_that_need_no_downlo
     assert "--config.student.path=Qwen/Qwen3-4B" in str(caught.value)
 
 
+def test_an_attention_that_the_devices_do_not_run_is_refused_by_plan_and_run(root):
+    config = tiny.config(root, batch={"attention": "splash"})
+    for prepare in (setup.prepare, lambda config: abstract.prepare(config, jax.devices())):
+        with pytest.raises(ValueError, match=r"splash', which runs on TPUs, and .* CPUs; .*=auto"):
+            prepare(config)
+    config.batch.attention = "xla"
+    made = setup.prepare(config)
+    told = assembly.attention_told(config, made.mesh, made.roles)
+    assert told == "attention of whole rows: xla (it was asked for)"
+
+
 def test_a_mesh_that_does_not_divide_is_refused(root):
     for mesh, says in (
         (Mesh(data=3), r"mesh data \* fsdp \* tensor = 3 \* 1 \* 1 = 3 and there are 8 devices"),
@@ -387,6 +398,26 @@ def test_a_small_config_fits_a_tpu(tmp_path):
     values = json.loads(file.read_text())
     assert values["phases"]["score"]["fits"] is True
     assert values["estimated_seconds"]
+
+
+@pytest.mark.tpu
+@pytest.mark.usefixtures("needs_libtpu")
+def test_a_plan_for_a_tpu_attends_as_the_run_would():
+    config = preset("qwen3", None)
+    for model in (config.student, config.reference, *config.teachers.values()):
+        model.path = "Qwen/Qwen3-4B"
+    config.reference.dtype = "float32"
+    run = abstract.prepare(config, chips.topology("v5p:4x4x4").devices)
+    taken = {name: role.decoder.attention for name, role in run.roles.items()}
+    assert taken.pop("reference") == "xla"
+    assert set(taken.values()) == {"splash"}
+    assert (run.recipe.student.attention, run.recipe.student.remat) == ("splash", "layers")
+    told = assembly.attention_told(config, run.recipe.mesh, run.roles)
+    assert "splash (the devices are TPUs) of student, teacher:math, teacher:code" in told
+    assert "xla (splash multiplies in bfloat16, and dtype is 'float32'" in told
+    config.batch.attention = "splash"
+    with pytest.raises(ValueError, match=r"reference: batch.attention is 'splash', which multipli"):
+        abstract.prepare(config, chips.topology("v5p:4x4x4").devices)
 
 
 @pytest.mark.tpu
