@@ -10,7 +10,7 @@ import optax
 import pytest
 import tiny
 
-from gopd_jax import checkpoint, export, step, train
+from gopd_jax import checkpoint, export, flops, step, train
 from gopd_jax.models import hf
 from gopd_jax.optimizer import at_random, make_optimizer, rounded
 from gopd_jax.recipe import abstract_state, init_state
@@ -184,6 +184,25 @@ def test_narrow_weights_learn_on_any_mesh_and_in_microbatches(setting):
     # The draws are the same wherever the weights lie: it is rounding before them that differs.
     same = [np.mean(a == b) for a, b in zip(*map(jax.tree.leaves, found))]
     assert np.mean(same) > 0.98
+
+
+def carried(jaxpr):
+    """(shape, dtype) of everything that a scan anywhere in a jaxpr carries."""
+    for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        if eqn.primitive.name == "scan":
+            first = eqn.params["num_consts"]
+            for var in eqn.invars[first : first + eqn.params["num_carry"]]:
+                yield var.aval.shape, var.aval.dtype.name
+        for inner in flops._called(eqn.params):
+            yield from carried(inner)
+
+
+def test_gradients_of_narrow_weights_are_summed_in_float32(setting):
+    recipe, params, frozen, prompts = setting()
+    made = narrowed(recipe, weights_dtype="bfloat16")
+    traced = step.fused(made).trace(init_state(made, params), frozen, prompts, jax.random.key(0))
+    shape = params["layers"]["q"].shape
+    assert {dtype for of, dtype in carried(traced.jaxpr) if of == shape} == {"float32"}
 
 
 def test_a_narrow_run_is_continued_bit_for_bit_and_exported_as_it_was(root, tmp_path):
