@@ -128,6 +128,23 @@ def test_what_stands_at_padding_changes_nothing(name):
     np.testing.assert_array_equal(out[0][valid_BL], out[1][valid_BL])
 
 
+def test_cudnn_never_sees_padding_nor_its_gradient():
+    """A kernel may leave anything at padding: it gets zeros there, and what it gives is dropped."""
+    given, valid_BL = drawn(2), valid()
+    given[0] = np.where(valid_BL[:, :, None, None], given[0], np.nan)
+    given[1:] = (np.where(valid_BL[:, None, :, None], x, np.nan) for x in given[1:])
+
+    def attend(*given):
+        return attention.whole_rows("cudnn by xla", *given, masked("cudnn", valid_BL, None))
+
+    out, back = jax.vjp(attend, *given)
+    gradients = back(jnp.ones_like(out))
+    assert np.isfinite(out).all()
+    assert all(np.isfinite(x).all() for x in gradients)
+    assert not np.asarray(out)[~valid_BL].any()
+    assert not np.asarray(gradients[0])[~valid_BL].any()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("length", [128, 300, 600])  # blocks of 128 and of 512, filled up or not
 def test_splash_at_lengths_of_several_blocks(length):
