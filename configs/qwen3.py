@@ -76,7 +76,7 @@ def get_config(arg: str | None = None) -> Config:
         data=Data(train="/data/train.parquet", test="/data/test.parquet", prompt_length=2048),
         sampling=Sampling(completion_length=16384),
         # 16 rows a microbatch, one on each of the mesh's 16 row shards.
-        batch=Batch(prompts=1024, microbatches=64, head_chunk=512, remat=True),
+        batch=Batch(prompts=1024, microbatches=64, head_chunk=512, remat="layers"),
         objective=Objective(lam=1.25, reduction="sequence_mean"),
         optimizer=Optimizer(learning_rate=1e-5, weight_decay=0.01, clip_norm=1.0),
         # As many ways along the heads as all of the models divide: attention's scores are the

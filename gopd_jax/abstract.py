@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from gopd_jax import config as settings
 from gopd_jax import hub, method, recipe, setup, sharding
-from gopd_jax.assembly import recipe_of
+from gopd_jax.assembly import decoder_of, recipe_of
 from gopd_jax.models import lora
 from gopd_jax.models import params as lm_params
 from gopd_jax.models.decoder import Decoder
@@ -139,6 +139,7 @@ def _roles(c: settings.Config, mesh: Mesh, problems: list[str]) -> dict[str, Rol
             if key not in loaded:
                 # What is trained is loaded in float32, and so are roles that share its arrays.
                 trained = name == "student" and c.lora is None
+                trained &= c.optimizer.weights_dtype == "float32"
                 loaded[key] = None
                 cfg, stored = model_config(model.path)
                 loaded[key] = cfg, "float32" if trained else stored
@@ -155,13 +156,14 @@ def _roles(c: settings.Config, mesh: Mesh, problems: list[str]) -> dict[str, Rol
             if adapts:
                 options = {name: getattr(c.lora, name) for name in ("rank", "alpha", "targets")}
                 cfg = dataclasses.replace(cfg, lora=Lora(**options))
+            decoder = decoder_of(c, mesh, cfg, model.dtype)
             params = _params(cfg, mesh, stored, model.placement)
         except ValueError as error:
             cure = f": --config.{setting}.path=Qwen/Qwen3-4B" if str(error).endswith(GIVE) else ""
             problems.append(f"{setting}: {error}{cure}")
             continue
         found[name] = Role(
-            decoder=Decoder(cfg, dtype=model.dtype),
+            decoder=decoder,
             params=params if model.follows is None else None,
             stored=stored,
             source=key,

@@ -6,8 +6,34 @@ from gopd_jax import config as settings
 from gopd_jax import data
 from gopd_jax.critic import Critic
 from gopd_jax.method import teachers_of
+from gopd_jax.models import attention
+from gopd_jax.models.decoder import Decoder
+from gopd_jax.models.params import ModelConfig
 from gopd_jax.optimizer import make_optimizer
 from gopd_jax.recipe import Mixture, Recipe
+
+
+def decoder_of(c: settings.Config, mesh, cfg: ModelConfig, dtype: str) -> Decoder:
+    """A role's decoder, with the attention that batch.attention comes to on the mesh's devices.
+
+    ValueError with the cure where one is named that cannot run this model there.
+    """
+    name, _ = attention.choose(c.batch.attention, cfg, dtype, mesh.devices.flat[0])
+    return Decoder(cfg, dtype=dtype, attention=name)
+
+
+def attention_told(c: settings.Config, mesh, roles) -> str:
+    """One line: which attention whole rows take and why, by role where they differ."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for name, role in roles.items():
+        cfg, dtype = role.decoder.cfg, role.decoder.dtype
+        chosen = attention.choose(c.batch.attention, cfg, dtype, mesh.devices.flat[0])
+        found.setdefault(chosen, []).append(name)
+    told = [
+        f"{name} ({why})" + ("" if len(found) == 1 else f" of {', '.join(of)}")
+        for (name, why), of in found.items()
+    ]
+    return f"attention of whole rows: {'; '.join(told)}"
 
 
 def recipe_of(c: settings.Config, mesh, goal, roles, teachers: tuple[str, ...], stop) -> Recipe:
@@ -19,7 +45,7 @@ def recipe_of(c: settings.Config, mesh, goal, roles, teachers: tuple[str, ...], 
     n_updates = c.batch.updates * c.batch.epochs
     schedule = dataclasses.asdict(c.optimizer)
     schedule["warmup_steps"] *= n_updates
-    optimizer, rate = make_optimizer(**schedule, steps=c.steps * n_updates)
+    optimizer, rate = make_optimizer(**schedule, steps=c.steps * n_updates, seed=c.seed)
     routes, mixture = _routes(c, teachers)
     head = None if c.critic is None or not goal.critic else c.critic
     decays = {c.teachers[name].follows for name in teachers} - {None}
@@ -48,6 +74,7 @@ def recipe_of(c: settings.Config, mesh, goal, roles, teachers: tuple[str, ...], 
         head_chunk=c.batch.head_chunk,
         buckets=c.batch.buckets,
         ema_decay=next(iter(decays), None),
+        weights_dtype=c.optimizer.weights_dtype,
     )
 
 

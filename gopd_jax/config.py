@@ -62,7 +62,8 @@ class Batch:
     microbatches: int = 1  # pieces that an update runs one after another, same gradient
     head_chunk: int = 64  # positions whose logits exist at one time in scoring and in the loss
     buckets: int = 1  # widths that microbatches, sorted by length, are cut to: short ones cost less
-    remat: bool = False  # recompute the student's layers in the backward pass, one at a time
+    remat: str | None = None  # what the backward pass computes again: layers, or all but products
+    attention: str = "auto"  # of whole rows: xla, splash (TPU), cudnn (GPU); auto: the device's own
 
 
 @dataclass(slots=True, kw_only=True)
@@ -127,6 +128,8 @@ class Optimizer:
     b2: float = 0.999  # decay of the gradient's mean square
     weight_decay: float = 0.01  # times the learning rate, a step
     clip_norm: float = 1.0  # of the gradient's global norm
+    moment_dtype: str = "float32"  # of the gradient's mean; bfloat16 saves 2 bytes a weight
+    weights_dtype: str = "float32"  # of what is trained; bfloat16 is rounded to at random, saves 2
 
 
 @dataclass(slots=True, kw_only=True)
@@ -225,13 +228,17 @@ LATER = {
     "updates": 1,
     "epochs": 1,
     "buckets": 1,
-    "remat": False,
+    "remat": None,
+    "attention": "auto",
+    **dict.fromkeys(("moment_dtype", "weights_dtype"), "float32"),
     **{
         f"objective.{f.name}": f.default if f.default_factory is MISSING else f.default_factory()
         for f in dataclasses.fields(Objective)
         if f.name not in ("source", "advantage", "lam", "loss", "reduction")
     },
 }
+# Settings of which an earlier version had another value for the same thing: name -> that one.
+FORMERLY = {"batch.remat": {"layers": True}}
 
 
 def identity(config: Config) -> dict[str, str]:
@@ -245,6 +252,7 @@ def identity(config: Config) -> dict[str, str]:
         ends = key == "steps" and config.optimizer.schedule == "constant"
         if key.split(".")[0] in MAY_CHANGE or key.endswith(BY_CONTENT + PARTS_MAY_CHANGE) or ends:
             continue
+        value = FORMERLY.get(key, {}).get(value, value)
         later = LATER.get(key, LATER.get(key.split(".")[-1], MISSING))
         if later is not MISSING and value == later:
             continue

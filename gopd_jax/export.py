@@ -14,6 +14,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
+
 from gopd_jax import card, checkpoint, hub
 from gopd_jax.models import hf, lora
 from gopd_jax.models import params as lm_params
@@ -66,6 +68,9 @@ def export(
     elif adapter:
         raise ValueError(f"{workdir} trained no adapters; leave out --adapter")
     shapes, _ = lora.split(lm_params.abstract_params(cfg))
+    # As they were trained: absent from runs of a version that had float32 alone.
+    held = run["config"].get("optimizer", {}).get("weights_dtype", "float32")
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, held), shapes)
     params = checkpoint.restore_params(workdir, step, shapes)
     if adapter:
         base, revision = hub.named(run["models"]["student"]["path"])

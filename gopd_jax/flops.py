@@ -60,9 +60,9 @@ def count(jaxpr, shares: dict[int, int] | None = None) -> Work:
 
     Products are dot_general, ragged_dot and convolutions. Of a cond the dearest branch counts. A
     shard_map's body counts once for each device, but for ragged products whose groups are spread
-    over some of them: a row is in one group and so one device's work. What the compiler drops as
-    unused counts, as it is traced. ValueError for a while loop with products in it and no bound
-    that can be read off.
+    over some of them: a row is in one group and so one device's work. A kernel's counts for each
+    block of its grid. What the compiler drops as unused counts, as it is traced. ValueError for a
+    while loop with products in it and no bound that can be read off.
 
     shares: groups at hand -> devices among which all groups are divided, within a shard_map.
     """
@@ -101,6 +101,11 @@ def _of(eqn, known: _Known, shares: dict[int, int]) -> Work:
         return Work(inside.narrow, inside.float32, in_loops=Work(inside.narrow, inside.float32))
     if name == "shard_map":
         shares = _shares(params)
+    if name == "pallas_call":
+        # A kernel's products are bfloat16 passes whatever their operands, where it asks for no
+        # precision. The dearest turn counts for each: blocks that a mask skips count too.
+        turns_of_grid = math.prod(params["grid_mapping"].grid)
+        return Work(narrow=turns_of_grid * count(params["jaxpr"]).total)
     called = Work()
     for inner in _called(params):
         called += count(inner, shares)

@@ -86,8 +86,8 @@ def changes(c: settings.Config, mesh) -> Iterator[tuple[str, settings.Config]]:
     """(as flags, the config) of single changes that take less memory, the mildest first."""
     pieces, chunk, prompts = c.batch.microbatches, c.batch.head_chunk, c.batch.prompts
     length, (n_data, n_fsdp, n_tensor) = c.sampling.completion_length, mesh.devices.shape
-    if not c.batch.remat:
-        yield _changed(c, {"batch.remat": True})
+    for name in {None: ("products", "layers"), "products": ("layers",)}.get(c.batch.remat, ()):
+        yield _changed(c, {"batch.remat": name})
     for factor in (2, 4):
         yield _changed(c, {"batch.microbatches": pieces * factor})
     for factor in (2, 4):
@@ -237,7 +237,8 @@ def _role(role: abstract.Role) -> str:
     shape = f"{cfg.architecture}, {cfg.num_hidden_layers} layers of {cfg.hidden_size}"
     size = sum(x.size for x in abstract.leaves(role.params)) / 1e9
     kept = "follows the student" if role.params is None else f"{size:.2f} G params, {role.stored}"
-    return f"{shape}, {kept}, computes in {role.decoder.dtype}"
+    computes = f"computes in {role.decoder.dtype}, attends by {role.decoder.attention}"
+    return f"{shape}, {kept}, {computes}"
 
 
 def _outcome(one: Compiled, topology: Topology) -> str:

@@ -19,6 +19,10 @@ PLACEMENTS = ("device", "host")
 EXPORTS = ("merged", "adapter")
 PREFLIGHTS = ("refuse", "warn", "off")
 SCHEDULES = ("constant", "cosine")
+REMAT = ("layers", "products", None)
+ATTENTION = ("auto", "xla", "splash", "cudnn")
+# Of settings whose values had another form before.
+CURES = {"batch.remat": ": give 'layers' for what was True, and None (a flag's none) for False"}
 
 # A number is positive unless it is named here.
 MAY_BE_ZERO = (
@@ -36,6 +40,7 @@ def find(config, *, files: bool = True) -> list[str]:
     """
     if wrong := [
         f"{key} is {value!r}, a {type(value).__name__}; it takes {_spelled(kind)}"
+        f"{CURES.get(key, '')}"
         for key, value, kind in leaves(config)
         if not _is(value, kind)
     ]:
@@ -121,12 +126,14 @@ def _choices(c) -> Iterator[str]:
         ("optimizer.schedule", c.optimizer.schedule, SCHEDULES),
         ("objective.source", c.objective.source, method.SOURCES),
         ("preflight", c.preflight, PREFLIGHTS),
+        ("batch.attention", c.batch.attention, ATTENTION),
+        ("batch.remat", c.batch.remat, REMAT),
         *([("lora.export", c.lora.export, EXPORTS)] if c.lora else ()),
-        *((k, value, DTYPES) for k, value, _ in leaves(c) if k.endswith(".dtype")),
+        *((k, value, DTYPES) for k, value, _ in leaves(c) if k.endswith((".dtype", "_dtype"))),
         *((k, value, PLACEMENTS) for k, value, _ in leaves(c) if k.endswith(".placement")),
     ):
         if value not in choices:
-            yield f"{key} is {value!r}; it is one of {choices}"
+            yield f"{key} is {value!r}; it is one of {choices}{CURES.get(key, '')}"
     for key, value, _ in leaves(c):
         if key.endswith(".fingerprint") and value is not None and not re.match("[0-9a-f]", value):
             yield f"{key} is {value!r}; give the digits that preflight shows under weights"

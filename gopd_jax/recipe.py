@@ -56,6 +56,7 @@ class Recipe:
     slots: int | None = None  # rows that are sampled at one time; None: all
     lag: int = 0  # steps by which the sampler's weights are older than the student's
     critic: critics.Critic | None = None
+    weights_dtype: str = "float32"  # of what is trained, between the steps
 
     @property
     def pieces(self) -> int:
@@ -138,8 +139,10 @@ def init_state(recipe: Recipe, params: Params, *, seed: int | None = None) -> Tr
 def _start(recipe: Recipe, params: Params, seed) -> TrainState:
     params, _ = lora.split(params)
     # A copy: the state is donated to the step, and the reference may be the same arrays.
-    params = jax.tree.map(jnp.copy, params)
-    ema = None if recipe.ema_decay is None else jax.tree.map(jnp.copy, params)
+    params = jax.tree.map(lambda x: jnp.copy(x).astype(recipe.weights_dtype), params)
+    # An average moves by too little for bfloat16.
+    average = recipe.ema_decay is not None
+    ema = jax.tree.map(lambda x: jnp.copy(x).astype(jnp.float32), params) if average else None
     values = None
     if recipe.critic is not None:
         values = critics.init(recipe.critic, recipe.student.cfg.hidden_size, seed)

@@ -147,16 +147,17 @@ def report(this: Search, topology: Topology) -> str:
     lines = [
         f"{topology.name}: searched for what {', '.join(this.names)} takes of "
         f"{usable:.2f} GiB; seconds are an estimate",
-        f"{'data x fsdp x tensor':<22}{'microbatches':>12}  {'remat':<6}{'at least':>9}"
+        f"{'data x fsdp x tensor':<22}{'microbatches':>12}  {'remat':<9}{'at least':>9}"
         f"{'GiB':>10}{'seconds':>10}  ",
     ]
     for one in this.tried:
         c = one.candidate
         size = one.peak if one.peak is not None else one.needed
         shown = "?" if size is None else f"{size / GIB:.2f}"
+        batch = c.config.batch
         lines.append(
-            f"{' x '.join(map(str, c.mesh)):<22}{c.config.batch.microbatches:>12}  "
-            f"{c.config.batch.remat!s:<6}{c.bound / GIB:>9.2f}{shown:>10}{one.seconds:>10.2f}  "
+            f"{' x '.join(map(str, c.mesh)):<22}{batch.microbatches:>12}  "
+            f"{batch.remat or 'none':<9}{c.bound / GIB:>9.2f}{shown:>10}{one.seconds:>10.2f}  "
             f"{'fits' if one.fits else 'does not fit'}"
         )
     lines.append(

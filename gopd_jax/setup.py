@@ -9,7 +9,7 @@ import jax
 
 from gopd_jax import config as settings
 from gopd_jax import data, hub, method, metrics, sharding
-from gopd_jax.assembly import recipe_of
+from gopd_jax.assembly import decoder_of, recipe_of
 from gopd_jax.evaluate import held_out
 from gopd_jax.method import teachers_of
 from gopd_jax.models import hf, lora
@@ -151,7 +151,8 @@ def _load_roles(models: dict[str, settings.Model], mesh, c, problems) -> dict[st
         if (at := _try(problems, hub.locate, model.path, says=f"{name}: ")) is None:
             continue
         # Only what is trained needs more bits than the file has: use casts in any case.
-        dtype = "float32" if name == "student" and c.lora is None else "stored"
+        trained = name == "student" and c.lora is None and c.optimizer.weights_dtype == "float32"
+        dtype = "float32" if trained else "stored"
         key = (at.directory.resolve(), model.placement)
         if key not in loaded:
             loaded[key] = _try(problems, _load, name, model, at, dtype, mesh, c, says=f"{name}: ")
@@ -173,7 +174,7 @@ def _load_roles(models: dict[str, settings.Model], mesh, c, problems) -> dict[st
             path=at.name,
             directory=at.directory,
             digest=digest,
-            decoder=Decoder(cfg, dtype=model.dtype),
+            decoder=_try(problems, decoder_of, c, mesh, cfg, model.dtype, says=f"{name}: "),
             params=params if model.follows is None else None,
             reader=reader,
         )

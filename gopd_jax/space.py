@@ -22,6 +22,9 @@ from gopd_jax.phases import Compiled, Memory
 # they order what is tried and decide nothing.
 FORWARD, RECOMPUTED, KEPT = 1.2, 3.5, 2.2
 
+# What is recomputed, more and more of it. Products that are kept depend on the attention that runs.
+REMATS = (None, "products", "layers")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Candidate:
@@ -37,14 +40,15 @@ class Candidate:
     def flags(self) -> str:
         b = self.config.batch
         axes = [f"--config.mesh.{axis}={size}" for axis, size in zip(sharding.AXES, self.mesh)]
-        batch = f"--config.batch.microbatches={b.microbatches} --config.batch.remat={b.remat}"
+        remat = b.remat or "none"
+        batch = f"--config.batch.microbatches={b.microbatches} --config.batch.remat={remat}"
         return f"{' '.join(axes)} {batch}"
 
     @property
     def rank(self) -> tuple:
         """Seconds; then, as these leave collectives out, what gathers weights less often."""
         b = self.config.batch
-        return self.seconds, b.microbatches, b.remat, -self.mesh[1]
+        return self.seconds, b.microbatches, REMATS.index(b.remat), -self.mesh[1]
 
     def needs_no_less(self, other: Candidate) -> bool:
         """Than another one, whose rows of a microbatch and shards are no larger than this one's."""
@@ -53,7 +57,7 @@ class Candidate:
             self.mesh[2] == other.mesh[2]
             and self.mesh[1] <= other.mesh[1]
             and mine.microbatches <= its.microbatches
-            and mine.remat <= its.remat
+            and REMATS.index(mine.remat) <= REMATS.index(its.remat)
         )
 
 
@@ -67,7 +71,7 @@ def space(c: settings.Config, devices) -> list[abstract.Run]:
     for sizes in factorizations(len(devices)):
         shards = sizes[0] * sizes[1]
         share = rows // (c.batch.updates * shards) if c.batch.updates > 0 else 0
-        for pieces, remat in itertools.product(divisors(max(share, 1)), (False, True)):
+        for pieces, remat in itertools.product(divisors(max(share, 1)), REMATS):
             made = copy.deepcopy(c)
             made.mesh.data, made.mesh.fsdp, made.mesh.tensor = sizes
             made.batch.microbatches, made.batch.remat = pieces, remat
@@ -100,7 +104,7 @@ def ranked(runs, names: tuple[str, ...], topology: Topology, *, mfu: float) -> l
         key = run.recipe.mesh.devices.shape[2], run.config.batch.remat
         if key not in works:
             works[key] = {
-                program.name: flops.count(program.traced.jaxpr)
+                program.name: flops.count((program.counted or program.traced).jaxpr)
                 for program in phases.programs(run, names)
             }
         parts = [

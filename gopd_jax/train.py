@@ -10,6 +10,7 @@ import jax
 from gopd_jax import advice, checkpoint, data, metrics, preflight, results, step
 from gopd_jax import config as settings
 from gopd_jax.advance import Stepper, abstract_state, prompts_of
+from gopd_jax.assembly import attention_told
 from gopd_jax.evaluate import evaluate
 from gopd_jax.method import teachers_of
 from gopd_jax.recipe import init_state
@@ -92,6 +93,7 @@ def finish(begun: Begun) -> Summary:
     config, workdir = this.config, Path(this.config.workdir)
     state = begun.state if resumed else init_state(this.recipe, this.student.params)
     del begun  # its state is donated to the first step
+    _release(this)
     first, traced = jax.process_index() == 0, _steps(config.profile)
     manager = checkpoint.open_manager(workdir, keep=config.checkpoints.keep)
     if first:
@@ -110,7 +112,8 @@ def finish(begun: Begun) -> Summary:
             progress.note(f"{workdir} is at step {start} of {start}: nothing is left to train")
         elif resumed:
             progress.note(f"continuing {workdir} after step {start}")
-        for note in (*config.notes(), this.recipe.objective.formula):
+        attends = attention_told(config, this.mesh, this.roles)
+        for note in (*config.notes(), this.recipe.objective.formula, attends):
             progress.note(note)
         told = metrics.read_rows(workdir / metrics.METRICS)
         adviser = advice.Watch(settings.to_dict(config), told)
@@ -185,6 +188,18 @@ def _telling(advance: Stepper, under_way: list, watch, writer, progress, adviser
                 progress.note(f"advice: {sentence}")
 
     return tell
+
+
+def _release(this: Run) -> None:
+    """Give up the student's first weights, of which the state is a copy or what was learnt since.
+
+    Those that are a frozen model's too, the reference's say, stay.
+    """
+    others = [role.params for role in this.roles.values() if role is not this.student]
+    kept = {id(x) for x in jax.tree.leaves((this.frozen, others))}
+    for x in jax.tree.leaves(this.student.params):
+        if id(x) not in kept:
+            x.delete()
 
 
 def _steps(profile: str | None) -> range:

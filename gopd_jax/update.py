@@ -238,7 +238,9 @@ def _descend(recipe, one: _Piece, state: TrainState, rows):
             return jax.tree.map(jnp.add, carry, found), seen
 
         n = recipe.microbatches
-        zero = (jnp.float32(0), jnp.float32(0)), jax.tree.map(jnp.zeros_like, trained)
+        # float32 sums, whatever is summed.
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), trained)
+        zero = (jnp.float32(0), jnp.float32(0)), zeros
         ordered, back = _by_length(recipe, rows, n)
         (losses, grads), seen = jax.lax.scan(add, zero, batching.split(ordered, n))
         return losses, grads, back(batching.join(seen, n))
@@ -284,7 +286,8 @@ def _apply(recipe, state: TrainState, losses, grads):
     params = optax.apply_updates(state.params, updates)
     ema = None
     if (decay := recipe.ema_decay) is not None:
-        ema = jax.tree.map(lambda m, p: decay * m + (1 - decay) * p, state.ema, params)
+        wide = jax.tree.map(lambda m, p: p.astype(m.dtype), state.ema, params)
+        ema = jax.tree.map(lambda m, p: decay * m + (1 - decay) * p, state.ema, wide)
     new = params, opt_state, ema
     old = state.params, state.opt_state, state.ema
     params, opt_state, ema = optimizer.where(learns, new, old)

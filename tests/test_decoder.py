@@ -135,18 +135,39 @@ def test_gradient_agrees_with_finite_differences_with_rematerialisation_and_padd
         return jnp.mean(jnp.where(valid_BL[..., None], hidden_BLD, 0.0) ** 3)
 
     value = jax.jit(along, static_argnums=(1, 2))
-    far, near = (float(value(h, False, 0) - value(-h, False, 0)) for h in (1e-3, 5e-4))
+    far, near = (float(value(h, None, 0) - value(-h, None, 0)) for h in (1e-3, 5e-4))
     slope = (8 * near - far) / (12 * 5e-4)  # error of fourth order
-    gradient = jax.jit(jax.grad(along), static_argnums=(1, 2))(0.0, True, -7)
-    np.testing.assert_allclose(gradient, slope, rtol=1e-3)
+    for remat in (*lm.REMAT, None):
+        gradient = jax.jit(jax.grad(along), static_argnums=(1, 2))(0.0, remat, -7)
+        np.testing.assert_allclose(gradient, slope, rtol=1e-3)
+
+
+def test_what_is_recomputed_changes_no_gradient_and_takes_less_memory():
+    cfg = dataclasses.replace(LLAMA, num_hidden_layers=8)
+    _, params = model(cfg)
+    tokens_BL = jnp.asarray(np.random.default_rng(5).integers(0, 97, (8, 64), np.int32))
+
+    def loss(params, remat):
+        hidden_BLD = lm.hidden(lm.Decoder(cfg, remat=remat), params, tokens_BL, tokens_BL > 3)
+        return jnp.mean(hidden_BLD**3)
+
+    found, held = {}, {}
+    for remat in ("layers", "products", None):
+        made = jax.jit(jax.grad(loss), static_argnums=1).lower(params, remat).compile()
+        held[remat] = made.memory_analysis().temp_size_in_bytes
+        found[remat] = made(params)
+    assert held["layers"] < held["products"] < held[None]
+    for remat in ("layers", "products"):
+        for got, want in zip(*map(jax.tree.leaves, (found[remat], found[None]))):
+            np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
 
 
 @MODELS
 def test_the_module_declares_the_parameters_of_the_table(cfg):
     tokens_BL, _ = batch()
-    decoder, mask_BLL = lm.Decoder(cfg), jnp.ones((len(LEFT), LENGTH, LENGTH), bool)
+    decoder, valid_B1L = lm.Decoder(cfg), jnp.ones((len(LEFT), 1, LENGTH), bool)
     made = jax.eval_shape(
-        lambda key: decoder.init(key, tokens_BL, tokens_BL, mask_BLL, None), jax.random.key(0)
+        lambda key: decoder.init(key, tokens_BL, tokens_BL, valid_B1L, None), jax.random.key(0)
     )
     want = lm_params.abstract_params(cfg)
     assert made["params"] == want

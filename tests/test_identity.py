@@ -81,3 +81,14 @@ def test_a_checkpoint_of_the_first_version_is_continued(tmp_path):
     assert checkpoint.restore(tmp_path, None, now) is not None
     with pytest.raises(ValueError, match="seed: 0 in the checkpoint, 1 now"):
         checkpoint.restore(tmp_path, None, now | {"seed": "1"})
+
+
+def test_remat_by_name_is_the_same_run_as_before():
+    """A run of the version that had True and False is continued under their names."""
+    c = config.Config(workdir="w", student=config.Model())
+    before = config.identity(c)
+    assert "batch.remat" not in before  # as with False
+    c.batch.remat = "layers"
+    assert config.identity(c) == before | {"batch.remat": "true"}  # as with True
+    c.batch.remat = "products"
+    assert config.identity(c) == before | {"batch.remat": '"products"'}

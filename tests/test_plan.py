@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny
 
-from gopd_jax import abstract, advance, chips, phases, plan, setup, sharding
+from gopd_jax import abstract, advance, assembly, chips, phases, plan, setup, sharding
 from gopd_jax.chips import Chip, Topology
 from gopd_jax.config import Critic, Lora, Mesh, Model
 from gopd_jax.flops import Work
@@ -60,6 +60,9 @@ CASES = {
     "a teacher on the host": lambda root: {"teachers": both(root, "teacher_{}", placement="host")},
     "a critic": lambda root: {"critic": Critic(), "objective": {"credit": "gae(lam=0.9)"}},
     "a lambda by task": lambda root: {"objective": {"task_lam": {"math": 1.5}}},
+    "a narrow state": lambda root: {
+        "optimizer": dict.fromkeys(("moment_dtype", "weights_dtype"), "bfloat16")
+    },
     "one teacher for both": lambda root: {"routes": {"code": "math"}},
 }
 
@@ -75,10 +78,10 @@ def test_so_has_that_of_a_preset_whose_prompts_hold_more(name):
     require_same(preset(name))
 
 
-def preset(name):
+def preset(name, argument="tiny"):
     names: dict = {}
     exec((tiny.REPOSITORY / f"configs/{name}.py").read_text(), names)
-    return names["get_config"]("tiny")
+    return names["get_config"](argument)
 
 
 def require_same(config):
@@ -127,6 +130,18 @@ def test_slots_take_less_memory_and_as_many_products():
     assert slotted.memory.temporaries < all_rows.memory.temporaries
     assert less < size
     assert more_turns == 4 * (turns + 1)
+
+
+@pytest.mark.parametrize(("adapters", "kept"), [(None, 0), (Lora(rank=2), 1)])
+def test_the_students_first_weights_are_held_where_they_are_frozen_alone(root, adapters, kept):
+    config = tiny.config(root, reference=None, objective={"lam": 1.0}, lora=adapters)
+    run = abstract.prepare(config, jax.devices())
+    (generate,) = phases.programs(run, ("generate",))
+    teachers = [run.roles[f"teacher:{task}"].params for task in ("math", "code")]
+    base = phases.bytes_of(run.frozen.base)
+    assert (base > 0) == bool(kept)
+    parts = abstract.state(run), teachers, run.prompts
+    assert phases.bytes_of(generate.held) == phases.bytes_of(parts) + base
 
 
 def test_a_donated_state_is_counted_once(exopd):
@@ -206,14 +221,14 @@ def test_the_changes_that_are_tried_are_single_and_the_first_that_fits_is_named(
     # Eight rows on eight devices are not divided further, and 9 is not even.
     assert plan.first_that_fits(this, mfu=0.5, say=print) == (
         "--config.mesh.data=4 --config.mesh.fsdp=2",
-        ["--config.batch.remat=True"],
+        ["--config.batch.remat=products", "--config.batch.remat=layers"],
     )
-    assert asked == [(("fused",), 1, 9, 1), (("fused",), 1, 9, 2)]
+    assert asked == [(("fused",), 1, 9, 1), (("fused",), 1, 9, 1), (("fused",), 1, 9, 2)]
     more = ["--config.batch.microbatches=2", "--config.batch.microbatches=4"]
     smaller = ["--config.batch.head_chunk=16", "--config.batch.head_chunk=8"]
     # Logits of 8 positions are hardly any of the memory, and then fewer are no help.
     for chunk, others in ((32, smaller), (8, [])):
-        wide = dataclasses.replace(this.config.batch, prompts=32, head_chunk=chunk, remat=True)
+        wide = dataclasses.replace(this.config.batch, prompts=32, head_chunk=chunk, remat="layers")
         config = dataclasses.replace(this.config, batch=wide)
         run = abstract.prepare(config, CPU8.devices)
         there = dataclasses.replace(this, config=config, run=run)
@@ -224,7 +239,7 @@ def test_the_changes_that_are_tried_are_single_and_the_first_that_fits_is_named(
 
 def test_the_changes_keep_the_rows_of_a_device_and_end_with_fewer_tokens(exopd):
     this, _ = exopd
-    batch = dataclasses.replace(this.config.batch, prompts=64, microbatches=8, remat=True)
+    batch = dataclasses.replace(this.config.batch, prompts=64, microbatches=8, remat="layers")
     config = dataclasses.replace(this.config, batch=batch, mesh=Mesh(fsdp=8))
     told = [
         told for told, _ in plan.changes(config, abstract.prepare(config, CPU8.devices).recipe.mesh)
@@ -299,6 +314,17 @@ def test_a_model_that_is_not_there_is_refused_with_the_names_that_need_no_downlo
         abstract.prepare(config, jax.devices())
     assert all(name in str(caught.value) for name in PUBLISHED)
     assert "--config.student.path=Qwen/Qwen3-4B" in str(caught.value)
+
+
+def test_an_attention_that_the_devices_do_not_run_is_refused_by_plan_and_run(root):
+    config = tiny.config(root, batch={"attention": "splash"})
+    for prepare in (setup.prepare, lambda config: abstract.prepare(config, jax.devices())):
+        with pytest.raises(ValueError, match=r"splash', which runs on TPUs, and .* CPUs; .*=auto"):
+            prepare(config)
+    config.batch.attention = "xla"
+    made = setup.prepare(config)
+    told = assembly.attention_told(config, made.mesh, made.roles)
+    assert told == "attention of whole rows: xla (it was asked for)"
 
 
 def test_a_mesh_that_does_not_divide_is_refused(root):
@@ -423,6 +449,26 @@ def test_experts_on_the_host_are_no_arguments_of_the_device(tmp_path):
     # The reference in float32, over 16 chips; the teacher's 57 GiB come in as temporaries.
     assert memory["arguments"] == pytest.approx(4.022e9 * 4 / 16, rel=0.01)
     assert memory["temporaries"] > 30.53e9 * 2 / 16
+
+
+@pytest.mark.tpu
+@pytest.mark.usefixtures("needs_libtpu")
+def test_a_plan_for_a_tpu_attends_as_the_run_would():
+    config = preset("qwen3", None)
+    for model in (config.student, config.reference, *config.teachers.values()):
+        model.path = "Qwen/Qwen3-4B"
+    config.reference.dtype = "float32"
+    run = abstract.prepare(config, chips.topology("v5p:4x4x4").devices)
+    taken = {name: role.decoder.attention for name, role in run.roles.items()}
+    assert taken.pop("reference") == "xla"
+    assert set(taken.values()) == {"splash"}
+    assert (run.recipe.student.attention, run.recipe.student.remat) == ("splash", "layers")
+    told = assembly.attention_told(config, run.recipe.mesh, run.roles)
+    assert "splash (the devices are TPUs) of student, teacher:math, teacher:code" in told
+    assert "xla (splash multiplies in bfloat16, and dtype is 'float32'" in told
+    config.batch.attention = "splash"
+    with pytest.raises(ValueError, match=r"reference: batch.attention is 'splash', which multipli"):
+        abstract.prepare(config, chips.topology("v5p:4x4x4").devices)
 
 
 @pytest.mark.tpu

@@ -54,6 +54,15 @@ WRONG = {
         (math.inf, "temperature is inf; it has to be finite"),
         (True, "temperature is True, a bool; it takes float"),
     ],
+    "batch.remat": [
+        (
+            True,
+            "remat is True, a bool; it takes str | None: give 'layers' for what was True, and No",
+        ),
+        (False, "remat is False, a bool; .*: give 'layers' for what was True, and None"),
+        ("True", r"remat is 'True'; it is one of \('layers', 'products', None\): give 'layers'"),
+    ],
+    "batch.attention": [("flash", r"attention is 'flash'; it is one of \('auto', 'xla', 'splash'")],
     "objective.lam": [(-0.5, "lam is -0.5; it has to be 0 or more"), (math.nan, "lam is nan")],
     "lora": [(Lora(targets="("), r"lora.targets is '\(', which is no regular expression: missing")],
     "teachers.math.fingerprint": [("", "fingerprint is ''; give the digits that preflight shows")],

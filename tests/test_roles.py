@@ -48,8 +48,8 @@ def test_prompts_as_a_teacher_reads_them_are_held_against_its_own_limits(built, 
 
 
 def test_the_student_alone_recomputes_its_layers(built):
-    recipe = train.prepare(tiny.config(built, batch={"remat": True})).recipe
-    assert recipe.student.remat
+    recipe = train.prepare(tiny.config(built, batch={"remat": "layers"})).recipe
+    assert recipe.student.remat == "layers"
     assert not any(model.remat for model in (*recipe.teachers, recipe.reference))
 
 

@@ -62,9 +62,9 @@ def test_the_space_is_every_division_that_the_models_and_the_rows_allow(root):
     for data, fsdp, tensor, pieces in itertools.product((1, 2, 4, 8), repeat=4):
         divides = data * fsdp * tensor == 8 and 8 % (data * fsdp * pieces) == 0
         if divides and tensor <= 4:  # the models' 4 heads
-            wanted |= {(data, fsdp, tensor, pieces, remat) for remat in (False, True)}
+            wanted |= {(data, fsdp, tensor, pieces, remat) for remat in space.REMATS}
     assert found == wanted
-    assert len(found) == 2 * (4 + 2 * 3 + 3 * 2)
+    assert len(found) == 3 * (4 + 2 * 3 + 3 * 2)
 
 
 def test_factorizations_are_all_and_distinct():
@@ -152,9 +152,11 @@ def test_the_fastest_is_first_and_recomputing_is_slower(ranked):
     assert seconds == sorted(seconds)
     by_key = {key(one.config): one for one in found}
     for (data, fsdp, tensor, pieces, _), one in by_key.items():
-        apart = by_key[data, fsdp, tensor, pieces, not one.config.batch.remat]
-        assert (one.seconds > apart.seconds) == one.config.batch.remat
-        assert one.guess <= apart.guess or not one.config.batch.remat
+        less, more = (by_key[data, fsdp, tensor, pieces, remat] for remat in (None, "layers"))
+        assert less.seconds < more.seconds
+        assert less.guess >= more.guess
+        if one.config.batch.remat == "products":
+            assert less.seconds <= one.seconds <= more.seconds
 
 
 def test_a_candidates_flags_are_its_config(ranked):
@@ -167,7 +169,7 @@ def test_a_candidates_flags_are_its_config(ranked):
             "mesh.fsdp": str(m.fsdp),
             "mesh.tensor": str(m.tensor),
             "batch.microbatches": str(b.microbatches),
-            "batch.remat": str(b.remat),
+            "batch.remat": b.remat or "none",
         }
 
 

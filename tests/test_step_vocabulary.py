@@ -166,7 +166,7 @@ def test_every_mesh_gives_the_same_step(plain, shape):
 
 
 def test_layers_that_are_recomputed_change_nothing(plain):
-    student = dataclasses.replace(full.model(*full.STUDENT)[0], remat=True)
+    student = dataclasses.replace(full.model(*full.STUDENT)[0], remat="layers")
     agree(full.setting(options=EVERYTHING, student=student).descent(), plain)
 
 

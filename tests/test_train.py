@@ -12,7 +12,8 @@ import pytest
 import tiny
 
 from gopd_jax import advance, checkpoint, metrics, results, train
-from gopd_jax.models import hf
+from gopd_jax.config import Lora, Model
+from gopd_jax.models import hf, lora
 from gopd_jax.signals import stop_signals
 from gopd_jax.verifiers import verify
 
@@ -282,3 +283,25 @@ def test_signals_are_left_alone_outside_of_the_main_thread():
 
 def test_the_profiled_steps_are_first_to_end():
     assert [list(train._steps(text)) for text in ("1:3", None)] == [[1, 2], []]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_students_first_weights_are_given_up_unless_they_are_the_references(
+    root, tmp_path, shared
+):
+    lam, reference = (1.25, Model(path=str(root / "base"))) if shared else (1.0, None)
+    changes = {"steps": 1, "objective": {"lam": lam}, "reference": reference}
+    begun = train.begin(in_workdir(root, tmp_path, **changes))
+    first = jax.tree.leaves(begun.this.student.params)
+    train.finish(begun)
+    assert {x.is_deleted() for x in first} == {not shared}
+    assert not any(x.is_deleted() for x in jax.tree.leaves(begun.this.frozen))
+
+
+def test_adapters_leave_the_weights_beside_them(root, tmp_path):
+    changes = {"steps": 1, "lora": Lora(rank=2), "objective": {"lam": 1.0}, "reference": None}
+    begun = train.begin(in_workdir(root, tmp_path, **changes))
+    adapters, base = lora.split(begun.this.student.params)
+    train.finish(begun)
+    assert all(x.is_deleted() for x in jax.tree.leaves(adapters))
+    assert not any(x.is_deleted() for x in jax.tree.leaves(base))

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from gopd_jax.models import attention, moe
 from gopd_jax.models import cache as caching
-from gopd_jax.models import moe
 from gopd_jax.models.cache import Cache
 from gopd_jax.models.ops import attend, constrain, einsum, project, rms_norm
 from gopd_jax.models.params import ModelConfig, Param, table
@@ -26,14 +26,19 @@ ACTIVATIONS = {
     "silu": nn.silu,
     "gelu_pytorch_tanh": functools.partial(nn.gelu, approximate=True),
 }
+# What of a layer is kept for the backward pass, besides its input; the rest is computed again.
+REMAT = {
+    "layers": None,  # nothing
+    "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # not attention's scores
+}
 
 
 @struct.dataclass
 class View:
     """What the queries of a kind of layer see.
 
-    rope (cos_BLE, sin_BLE) of half a head's width; mask_BxL True where query x sees key L;
-    past_mask_BS where all see key S of the past, or None.
+    rope (cos_BLE, sin_BLE) of half a head's width; mask_BxL True where query x sees key L, or as
+    attention.whole_rows wants it; past_mask_BS where all see key S of the past, or None.
     """
 
     rope: tuple[Array, Array]
@@ -46,6 +51,7 @@ class Block(nn.Module):
 
     cfg: ModelConfig
     dtype: str
+    attention: str
 
     @nn.compact
     def __call__(self, x_BLD, past, slides, views):
@@ -88,7 +94,15 @@ class Block(nn.Module):
         # Heads before positions: every product below is then a batched matrix product as it lies,
         # and a cache in this order is read without a transposed copy for each token.
         k_BKLE, v_BKLE = k_BLKE.swapaxes(1, 2), v_BLKE.swapaxes(1, 2)
-        out_BLHE = attend(q_BLHE, k_BKLE, v_BKLE, view.mask_BxL, past, view.past_mask_BS)
+        if past is None:
+            out_BLHE = attention.whole_rows(
+                self.attention,
+                *(q_BLHE, k_BKLE, v_BKLE, view.mask_BxL),
+                window=cfg.sliding_window,
+                slides=slides,
+            )
+        else:
+            out_BLHE = attend(q_BLHE, k_BKLE, v_BKLE, view.mask_BxL, past, view.past_mask_BS)
         out_BLD = dot(out_BLHE, "o", contract=2)
         x_BLD = x_BLD + (norm(out_BLD, "attention_post_norm") if traits.post_norms else out_BLD)
 
@@ -110,19 +124,22 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """The model as a static, hashable description; params travel beside it.
 
-    dtype: of weights and activations in products. remat: recompute layers in the backward pass.
+    dtype: of weights and activations in products. remat: what the backward pass computes again, one
+    of REMAT. attention: of whole rows, one of attention.NAMES.
     """
 
     cfg: ModelConfig
     dtype: str = "float32"
-    remat: bool = False
+    remat: str | None = None
+    attention: str = "xla"
 
     @nn.compact
-    def __call__(self, tokens_BL, positions_BL, mask_BxL, cache: Cache | None):
+    def __call__(self, tokens_BL, positions_BL, valid_B1L, cache: Cache | None):
         """(x_BLD before the final norm, (k_NBKLE, v_NBKLE) of these tokens).
 
-        mask_BxL True where query x may see key L. cache: earlier tokens, of which a row's valid
-        ones are seen by all of its queries. Sliding windows narrow both.
+        valid_B1L True where a key of these tokens may be seen, by itself and later ones. cache:
+        earlier tokens, of which a row's valid ones are seen by all of its queries. Sliding windows
+        narrow both.
         """
         cfg = self.cfg
         weight = {
@@ -138,21 +155,28 @@ class Decoder(nn.Module):
         if cfg.traits.scaled_embedding:
             # The root itself is rounded to the dtype: Gemma was trained so.
             x_BLD = x_BLD * jnp.asarray(cfg.hidden_size**0.5, self.dtype)
-        block = nn.remat(Block, prevent_cse=False) if self.remat else Block
+        block = Block
+        if self.remat is not None:
+            block = nn.remat(Block, prevent_cse=False, policy=REMAT[self.remat])
         layers = nn.scan(
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(0, 0, nn.broadcast),
             length=cfg.num_hidden_layers,
-        )(cfg, self.dtype, name="layers")
+        )(cfg, self.dtype, self.attention, name="layers")
         past = None if cache is None else (cache.k_NBKLE, cache.v_NBKLE)
-        slides_N, views = _views(cfg, positions_BL, mask_BxL, cache)
+        kernel = past is None and self.attention != "xla"
+        slides_N, views = _views(cfg, positions_BL, valid_B1L, cache, kernel)
         return layers(x_BLD, past, slides_N, views)
 
 
-def _views(cfg: ModelConfig, positions_BL, mask_BxL, cache):
-    """(None, (view of all layers,)), or (slides_N, (a full layer's view, a sliding one's))."""
+def _views(cfg: ModelConfig, positions_BL, valid_B1L, cache: Cache | None, kernel: bool):
+    """(None, (view of all layers,)), or (slides_N, (a full layer's view, a sliding one's)).
+
+    kernel: attention masks what is later or too far itself.
+    """
+    mask_BxL = valid_B1L if kernel else valid_B1L & jnp.tri(positions_BL.shape[1], dtype=bool)
     rope = rope_of(positions_BL, cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
     past_mask_BS = None if cache is None else cache.valid_BL
     full = View(rope, mask_BxL, past_mask_BS)
@@ -161,11 +185,14 @@ def _views(cfg: ModelConfig, positions_BL, mask_BxL, cache):
     if cfg.rope_local_base_freq is not None:
         rope = rope_of(positions_BL, cfg.head_dim, cfg.rope_local_base_freq, None)
     # Positions, not slots of the cache: padding does not count.
-    near_BxL = positions_BL[:, :, None] - positions_BL[:, None, :] < cfg.sliding_window
+    near_BxL = mask_BxL
+    if not kernel:
+        apart_BxL = positions_BL[:, :, None] - positions_BL[:, None, :]
+        near_BxL = mask_BxL & (apart_BxL < cfg.sliding_window)
     near_BS = past_mask_BS
     if cache is not None:
         near_BS = past_mask_BS & (positions_BL - cache.position_BL < cfg.sliding_window)
-    sliding = View(rope, mask_BxL & near_BxL, near_BS)
+    sliding = View(rope, near_BxL, near_BS)
     if all(cfg.slides):
         return None, (sliding,)
     return jnp.array(cfg.slides), (full, sliding)
@@ -244,10 +271,9 @@ def logits(decoder: Decoder, params, hidden_xD):
 def _whole_rows(decoder, params, tokens_BL, valid_BL):
     """(x_BLD, positions_BL, (k_NBKLE, v_NBKLE)) of rows without a past."""
     positions_BL = jnp.maximum(jnp.cumsum(valid_BL, axis=1, dtype=jnp.int32) - 1, 0)
-    causal_LL = jnp.tri(tokens_BL.shape[1], dtype=bool)
-    mask_BLL = causal_LL & valid_BL[:, None, :]
     tokens_BL = jnp.where(valid_BL, tokens_BL, 0)  # an id outside the table would look up NaN
-    x_BLD, kv = decoder.apply({"params": params}, tokens_BL, positions_BL, mask_BLL, None)
+    whole = tokens_BL, positions_BL, valid_BL[:, None], None
+    x_BLD, kv = decoder.apply({"params": params}, *whole)
     return x_BLD, positions_BL, kv
 
 

@@ -70,6 +70,7 @@ def merge(cfg: ModelConfig, params: Params) -> Params:
     for row in adapted(table(base_config(cfg)), cfg.lora):
         a, b = (layers.pop(f"{row.name}_lora_{part}") for part in "ab")
         n_in, base = len(row.groups[1]), leaf(params, row)
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
         flat_a = a.reshape(a.shape[0], -1, a.shape[-1])
         flat_b = b.reshape(b.shape[0], b.shape[1], -1)
         change = jnp.einsum("nir,nro->nio", flat_a, flat_b, precision="highest")

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from gopd_jax.models.architectures import ModelConfig
-from gopd_jax.models.ops import einsum
+from gopd_jax.models.ops import einsum, mesh_axes
 
 
 def routed_mlp(x_BLD, weight, cfg: ModelConfig):
@@ -30,7 +30,7 @@ def routed_mlp(x_BLD, weight, cfg: ModelConfig):
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return _own_experts(x_BLD, weight["router"], *experts, cfg=cfg, axes=())
-    row_axes, expert_axes = (_mesh_axes(name) for name in ("batch", "experts"))
+    row_axes, expert_axes = (mesh_axes(name) for name in ("batch", "experts"))
     n_rows = x_BLD.shape[0]
     # shard_map wants equal shares of rows; what is computed for the added ones is cut off again.
     missing = -n_rows % math.prod(mesh.shape[axis] for axis in row_axes)
@@ -41,12 +41,6 @@ def routed_mlp(x_BLD, weight, cfg: ModelConfig):
         out_specs=P(row_axes),
     )(x_BLD, weight["router"], *experts)
     return out_BLD[:n_rows]
-
-
-def _mesh_axes(name: str) -> tuple[str, ...]:
-    """Axes of the mesh on which the rules in force put a logical axis."""
-    axes = nn.logical_to_mesh_axes((name,))[0]
-    return (axes,) if isinstance(axes, str) else tuple(axes or ())
 
 
 def _own_experts(x_BLD, router_DR, gate_RDF, up_RDF, down_RFD, *, cfg: ModelConfig, axes):

@@ -75,3 +75,9 @@ def einsum(equation, x, y, out_dtype=None):
 def constrain(x, *names):
     """Sharding by logical names where rules and a mesh are set; nothing otherwise."""
     return nn.with_logical_constraint(x, names)
+
+
+def mesh_axes(name: str) -> tuple[str, ...]:
+    """Axes of the mesh on which the rules in force put a logical axis."""
+    axes = nn.logical_to_mesh_axes((name,))[0]
+    return (axes,) if isinstance(axes, str) else tuple(axes or ())
