@@ -102,9 +102,11 @@ def read(
         lam = lam if by_row is None else by_row
         return _head(recipe, params, heads, chunk, lam, grad=grad, look=look)
 
+    # In float32, so that its gradient is summed in float32 over chunks and shards.
+    own = jax.tree.map(lambda x: x.astype(jnp.float32), lm.head_params(recipe.student, params))
     found_C = scoring.in_chunks(
         head,
-        (lm.head_params(recipe.student, params), heads, lam if by_row is None else None),
+        (own, heads, lam if by_row is None else None),
         arrays,
         by_row,
         chunk=recipe.head_chunk,
