@@ -1087,9 +1087,9 @@ MUTANTS = (
         (
             "microbatches-averaged",
             "gradients are divided by the number of microbatches, which the weights have done",
-            "return losses, grads, batching.join(seen, recipe.microbatches)",
-            "grads = jax.tree.map(lambda g: g / recipe.microbatches, grads)\n"
-            "        return losses, grads, batching.join(seen, recipe.microbatches)",
+            "return losses, grads, back(batching.join(seen, n))",
+            "grads = jax.tree.map(lambda g: g / n, grads)\n"
+            "        return losses, grads, back(batching.join(seen, n))",
             "test_step_credit.py::test_gates_multiply_the_loss_and_leave_the_number_of_tokens",
         ),
         (
@@ -1251,29 +1251,64 @@ MUTANTS = (
             "back = np.concatenate(order)",
             "test_step_roles.py::test_tasks_are_routed_to_teachers",
         ),
+        (
+            "results-in-the-order-of-lengths",
+            "what was found for rows sorted by length is not brought back into their order",
+            "lambda tree: take(tree, jnp.argsort(order_Gm, axis=1))",
+            "lambda tree: take(tree, order_Gm)",
+            "test_buckets.py::test_pieces_are_sorted_by_length_and_results_come_back_in_order",
+        ),
+        (
+            "a-width-too-narrow",
+            "rows one token longer than a width are cut to it",
+            "(jnp.array(sizes[:-1], jnp.int32) < longest).sum()",
+            "(jnp.array(sizes[:-1], jnp.int32) < longest - 1).sum()",
+            "test_buckets.py::test_the_narrowest_width_that_holds_the_rows_is_computed",
+        ),
     ),
     *_of(
         "sampler.py",
         (
             "sampling-temperature-forgotten",
             "tokens are drawn at temperature 1",
-            "lm.logits(decoder, params, hidden_BD) / temperature",
-            "lm.logits(decoder, params, hidden_BD)",
+            "logits_BV = logits_BV / temperature",
+            "logits_BV = logits_BV * 1.0",
             "test_sampler.py::test_log_probs_are_the_scorers",
         ),
         (
             "mask-after-the-end",
             "what follows the end token is trained",
-            "mask_BC.at[:, t].set(~done_B)",
-            "mask_BC.at[:, t].set(jnp.ones_like(done_B))",
+            "done_B=jnp.where(active_B, stops_B | over_B, state.done_B)",
+            "done_B=jnp.where(active_B, over_B, state.done_B)",
             "test_sampler.py::test_masks_end_with_the_end_token_or_at_the_length",
         ),
         (
             "one-draw-for-every-position",
             "the position is left out of the key",
-            "jax.random.fold_in(k, t)",
-            "jax.random.fold_in(k, 0 * t)",
+            "jax.vmap(jax.random.fold_in)(keys_B, t_B)",
+            "jax.vmap(jax.random.fold_in)(keys_B, 0 * t_B)",
             "test_sampler.py::test_whole_completions_have_their_exact_probabilities",
+        ),
+        (
+            "block-and-id-by-one-number",
+            "the id in a block is drawn with the number that chose the block",
+            "_inverse(p_BW, uniform_B2[:, 1])",
+            "_inverse(p_BW, uniform_B2[:, 0])",
+            "test_slots.py::test_a_draw_inverts_the_cumulative_distribution",
+        ),
+        (
+            "a-place-taken-with-its-mask",
+            "a prompt takes a slot with the tokens of the row before it in the mask",
+            "mask_BC=fresh(False, state.mask_BC)",
+            "mask_BC=state.mask_BC",
+            "test_slots.py::test_slots_change_no_completion[qwen3-3]",
+        ),
+        (
+            "positions-of-the-row-before",
+            "a row that takes a slot counts its tokens from where the one before it began",
+            "began_B=fresh(state.step, state.began_B)",
+            "began_B=state.began_B",
+            "test_slots.py::test_slots_change_no_completion[qwen3-3]",
         ),
         (
             "padding-ids-drawn",
@@ -1288,6 +1323,23 @@ MUTANTS = (
             "kept_xV = (before_xV < top_p)",
             "kept_xV = (before_xV + sorted_xV < top_p)",
             "test_generate.py::test_the_nucleus_is_the_fewest_likeliest_ids",
+        ),
+    ),
+    *_of(
+        "models/cache.py",
+        (
+            "prompt-beside-its-place",
+            "a prompt is put one slot too late, where the row's next token goes",
+            "first = cache.index - n_prompt\n",
+            "first = cache.index - n_prompt + 1\n",
+            "test_slots.py::test_slots_change_no_completion[qwen3-3]",
+        ),
+        (
+            "seen-by-the-next-row",
+            "a new prompt sees the keys of the row that it follows",
+            "valid_BP[:, of_L] & within_L, cache.valid_BL)",
+            "(valid_BP[:, of_L] & within_L) | cache.valid_BL, cache.valid_BL)",
+            "test_slots.py::test_slots_change_no_completion[qwen3-3]",
         ),
     ),
     *_of(
