@@ -248,6 +248,17 @@ def largest(n: int) -> jax.Array:
     return jax.jit(jnp.max, out_shardings=replicated(everyone))(n_D)
 
 
+def in_turn(tree):
+    """The tree, waited for where two programs must not be under way at the same time.
+
+    CPUs of several processes run what is dispatched in any order: two programs whose collectives
+    meet the other way round on another process would wait for each other for ever.
+    """
+    if jax.process_count() > 1 and jax.default_backend() == "cpu":
+        jax.block_until_ready(tree)
+    return tree
+
+
 def over_rows(function, weights, rows):
     """function(weights, rows), each row shard by itself; inside a jit.
 

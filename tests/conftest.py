@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX is imported, and for the processes tests start
+os.environ["NPROC"] = "32"  # threads of the CPU backend: see gopd_jax/__init__.py
 
 import jax
 import jax.numpy as jnp
