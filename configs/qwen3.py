@@ -26,7 +26,8 @@ Those are names on the hub, which each host downloads into its cache. The paths 
     python -m gopd_jax.main --config=configs/qwen3.py:tiny     # the microworld's models, two steps
 
 Mesh and microbatches are for 64 TPU v5p. Whether it fits these and others, from any CPU, and what
-would, with a name such as Qwen/Qwen3-4B for each path that is a placeholder; `python -m benchmarks.plans` runs them all:
+would, with a name such as Qwen/Qwen3-4B for each path that is a placeholder (python -m
+benchmarks.plans compiles all of them):
 
     python -m gopd_jax.plan --config=configs/qwen3.py:1.7b --topology=v5p:4x4x4
     python -m gopd_jax.plan --config=configs/qwen3.py:4b_moe --topology=v5p:4x4x4

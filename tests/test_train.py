@@ -234,10 +234,12 @@ def test_rewards_in_the_objective_are_those_of_the_verifiers(root, tmp_path, mon
 @pytest.mark.slow
 def test_imitation_learns_from_what_the_teachers_write(root, tmp_path):
     imitation = {"advantage": "imitation", "source": "teacher", "lam": 1.0}
-    config = in_workdir(root, tmp_path, steps=8, objective=imitation)
+    rate = {"learning_rate": 3e-3}
+    batch = {"prompts": 32}  # each step's loss is of other problems
+    config = in_workdir(root, tmp_path, steps=40, objective=imitation, batch=batch, optimizer=rate)
     train.run(config)
     losses = [row["loss"] for row in read(tmp_path / "metrics.jsonl")]
-    assert losses[-1] < losses[0]
+    assert np.mean(losses[-8:]) < np.mean(losses[:8]) - 0.2
 
 
 def test_imitation_refuses_a_completion_that_ends_before_its_end(root, tmp_path):
