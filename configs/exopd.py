@@ -6,7 +6,7 @@ of the row's task, R the student's initial weights. arXiv 2602.12125, section 3.
     python -m gopd_jax.main --config=configs/exopd.py
     python -m gopd_jax.main --config=configs/exopd.py:tiny     # two steps, seconds
 
-Expected: math 83 %, code 88 % (teachers 81, 81; base 46, 49), in 2 minutes.
+Expected: math 81 %, code 86 % (teachers 80, 80; base 44, 48), in 2 minutes.
 
 With models and problems of your own; the reference is the student's directory:
 

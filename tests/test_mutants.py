@@ -10,7 +10,17 @@ from benchmarks import mutants
 from benchmarks.mutants_list import MUTANTS, Mutant
 
 ROOT = Path(__file__).resolve().parents[1]
-STEP = ("update", "heads", "step", "critic", "scoring", "batching", "sampler", "diagnose")
+STEP = (
+    "models/cache",
+    "update",
+    "heads",
+    "step",
+    "critic",
+    "scoring",
+    "batching",
+    "sampler",
+    "diagnose",
+)
 
 
 @pytest.mark.parametrize("mutant", [pytest.param(m, id=m.name) for m in MUTANTS])
