@@ -13,11 +13,9 @@ import contender
 
 told = contender.workload()
 os.environ.setdefault("JAX_PLATFORMS", "cpu" if told.get("cpu", True) else "")
+os.environ["JAX_NUM_CPU_DEVICES"] = str(told.get("devices", 1))
 
 import jax  # noqa: E402
-
-jax.config.update("jax_num_cpu_devices", told.get("devices", 1))
-
 import jax.numpy as jnp  # noqa: E402
 
 from benchmarks import workloads  # noqa: E402

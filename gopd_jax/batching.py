@@ -83,9 +83,14 @@ def widths(length: int, n: int) -> tuple[int, ...]:
     return tuple(sorted({-(-length * k // n) for k in range(1, n + 1)}))
 
 
-def sorted_by_length(mesh, rows, mask_BT, n: int):
+def sorted_by_length(mesh, rows, mask_BT, n: int, sizes: tuple[int, ...]):
     """(rows in an order in which `split` by n gives pieces of completions of like length, what
-    brings results back into the old one). Rows stay on their shards."""
+    brings results back into the old one). Rows stay on their shards.
+
+    sizes: those of `at_width`; of a single one nothing is gained, and rows stay as they are.
+    """
+    if len(sizes) == 1:
+        return rows, lambda tree: tree
     shards = sharding.n_row_shards(mesh)
     length_Gm = mask_BT.sum(1).reshape(shards, -1)
     order_Gm = jnp.argsort(length_Gm, axis=1)

@@ -47,7 +47,7 @@ def probing(recipe: Recipe, *, n_rows: int, rollouts: int, top_k: int, options: 
         raise ValueError("there is no target to compare with: the objective has no teacher")
     index_b, group_rows = _some(recipe, n_rows, rollouts)
     few = dataclasses.replace(
-        recipe, group_rows=group_rows, microbatches=1, updates=1, epochs=1, lag=0
+        recipe, group_rows=group_rows, microbatches=1, buckets=1, updates=1, epochs=1, lag=0
     )
     exact = dataclasses.replace(few, objective=_exact(options), critic=None)
 

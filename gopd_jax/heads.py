@@ -230,6 +230,11 @@ def _frozen(recipe, heads, chunk, options, n_ids):
         if len({*routes}) == 1:
             every.append(judge(routes[0], hidden_xD, None))
             continue
+        if recipe.buckets != 1:
+            raise ValueError(
+                f"buckets is {recipe.buckets}, and rows sorted by length do not stand by task, as "
+                "those of several teachers over the vocabulary have to; use buckets = 1"
+            )
         groups = {"mesh": recipe.mesh, "routes": routes, "group_rows": rows_of}
         found = batching.by_teacher(judge, hidden_xD, **groups)
         every.append(sharding.constrain_rows(found))

@@ -232,9 +232,9 @@ def _judged(recipe, decoder, params, rollout, role: str, read):
 
         return batching.at_width(judge, rows, rows.mask_BT, recipe.widths)[1]
 
-    if recipe.buckets == 1:
-        return batching.join(jax.lax.map(one, batching.split(rollout, n)), n)
-    ordered, back = batching.sorted_by_length(recipe.mesh, rollout, rollout.mask_BT, n)
+    ordered, back = batching.sorted_by_length(
+        recipe.mesh, rollout, rollout.mask_BT, n, recipe.widths
+    )
     return back(batching.join(jax.lax.map(one, batching.split(ordered, n)), n))
 
 

@@ -267,10 +267,9 @@ def _descend(recipe, one: _Piece, state: TrainState, rows):
 
 
 def _by_length(recipe, rows, n: int):
-    """`batching.sorted_by_length`, where pieces of the batch are cut to their completions."""
-    if recipe.buckets == 1:
-        return rows, lambda tree: tree
-    return batching.sorted_by_length(recipe.mesh, rows, rows["rollout"].mask_BT, n)
+    """`batching.sorted_by_length` of the rows that an update splits."""
+    mask_BT = rows["rollout"].mask_BT
+    return batching.sorted_by_length(recipe.mesh, rows, mask_BT, n, recipe.widths)
 
 
 def _apply(recipe, state: TrainState, losses, grads):

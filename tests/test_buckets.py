@@ -57,7 +57,9 @@ def test_pieces_are_sorted_by_length_and_results_come_back_in_order(make_mesh, s
 
     @jax.jit
     def run(rows, mask_BT):
-        ordered, back = batching.sorted_by_length(mesh, rows | {"mask": mask_BT}, mask_BT, 4)
+        ordered, back = batching.sorted_by_length(
+            mesh, rows | {"mask": mask_BT}, mask_BT, 4, (4, 8)
+        )
         return batching.split(ordered, 4), back(ordered)
 
     with jax.set_mesh(mesh):

@@ -327,3 +327,10 @@ def test_where_the_sampler_lags_the_probe_looks_at_the_rows_of_the_step_and_not_
             getattr(got, name), getattr(waiting[0], name)[probe.rows], name
         )
     assert sharding.by_rows(setting.recipe.mesh).is_equivalent_to(got.tokens_BL.sharding, 2)
+
+
+def test_the_probe_of_a_step_that_sorts_its_rows_asks_each_rows_own_teacher():
+    """Its exact figures are over the vocabulary of both tasks' teachers: sorted, they would mix."""
+    want, got = looked(OPTIONS), looked(OPTIONS, buckets=3)
+    for name in want:
+        np.testing.assert_allclose(got[name], want[name], atol=2e-5, err_msg=name)
