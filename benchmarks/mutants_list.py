@@ -1269,32 +1269,11 @@ MUTANTS = (
     *_of(
         "sampler.py",
         (
-            "sampling-temperature-forgotten",
-            "tokens are drawn at temperature 1",
-            "logits_BV = logits_BV / temperature",
-            "logits_BV = logits_BV * 1.0",
-            "test_sampler.py::test_log_probs_are_the_scorers",
-        ),
-        (
             "mask-after-the-end",
             "what follows the end token is trained",
             "done_B=jnp.where(active_B, stops_B | over_B, state.done_B)",
             "done_B=jnp.where(active_B, over_B, state.done_B)",
             "test_sampler.py::test_masks_end_with_the_end_token_or_at_the_length",
-        ),
-        (
-            "one-draw-for-every-position",
-            "the position is left out of the key",
-            "jax.vmap(jax.random.fold_in)(keys_B, t_B)",
-            "jax.vmap(jax.random.fold_in)(keys_B, 0 * t_B)",
-            "test_sampler.py::test_whole_completions_have_their_exact_probabilities",
-        ),
-        (
-            "block-and-id-by-one-number",
-            "the id in a block is drawn with the number that chose the block",
-            "_inverse(p_BW, uniform_B2[:, 1])",
-            "_inverse(p_BW, uniform_B2[:, 0])",
-            "test_slots.py::test_a_draw_inverts_the_cumulative_distribution",
         ),
         (
             "a-place-taken-with-its-mask",
@@ -1309,6 +1288,30 @@ MUTANTS = (
             "began_B=fresh(state.step, state.began_B)",
             "began_B=state.began_B",
             "test_slots.py::test_slots_change_no_completion[qwen3-3]",
+        ),
+    ),
+    *_of(
+        "drawing.py",
+        (
+            "sampling-temperature-forgotten",
+            "tokens are drawn at temperature 1",
+            "logits_BV = logits_BV / temperature",
+            "logits_BV = logits_BV * 1.0",
+            "test_sampler.py::test_log_probs_are_the_scorers",
+        ),
+        (
+            "one-draw-for-every-position",
+            "the position is left out of the key",
+            "jax.vmap(jax.random.fold_in)(keys_B, t_B)",
+            "jax.vmap(jax.random.fold_in)(keys_B, 0 * t_B)",
+            "test_sampler.py::test_whole_completions_have_their_exact_probabilities",
+        ),
+        (
+            "block-and-id-by-one-number",
+            "the id in a block is drawn with the number that chose the block",
+            "_inverse(p_BW, uniform_B2[:, 1])",
+            "_inverse(p_BW, uniform_B2[:, 0])",
+            "test_slots.py::test_a_draw_inverts_the_cumulative_distribution",
         ),
         (
             "padding-ids-drawn",
@@ -1341,9 +1344,53 @@ MUTANTS = (
             "(valid_BP[:, of_L] & within_L) | cache.valid_BL, cache.valid_BL)",
             "test_slots.py::test_slots_change_no_completion[qwen3-3]",
         ),
+        (
+            "newest-slot-unread",
+            "a width is read that leaves out the newest slot",
+            "jnp.int32) < cache.index).sum()",
+            "jnp.int32) < cache.index - 1).sum()",
+            "test_narrow_sampling.py::test_reading_takes_the_least_width_that_holds_what_is_there",
+        ),
+    ),
+    *_of(
+        "models/decoder.py",
+        (
+            "first-token-of-the-longest-prompt-cut",
+            "prompts are cut to a width one short of the longest",
+            "jnp.int32) < longest).sum()",
+            "jnp.int32) < longest - 1).sum()",
+            "test_narrow_sampling.py::test_prompts_are_cut_to_the_width_of_the_longest",
+        ),
+    ),
+    *_of(
+        "models/ops.py",
+        (
+            "value-scale-forgotten",
+            "8-bit values are summed without their scales",
+            "weight_BKxS = weight_BKxS * scale_BKS1.swapaxes(2, 3)",
+            "weight_BKxS = weight_BKxS * 1.0",
+            "test_narrow_sampling.py::test_attention_to_a_rounded_past_is_that_to_its_numbers",
+        ),
+    ),
+    *_of(
+        "models/quantized.py",
+        (
+            "numbers-cut-off",
+            "int8 is cut off where it should be rounded",
+            '(jnp.round(x) if dtype == "int8" else x)',
+            "x",
+            "test_narrow_sampling.py::test_a_number_is_the_nearest_of_its_run",
+        ),
     ),
     *_of(
         "step.py",
+        (
+            "evaluated-in-8-bits",
+            "evaluation reads the cache that only what is corrected may have",
+            "cache_dtype=recipe.cache_dtype if narrow else None",
+            "cache_dtype=recipe.cache_dtype",
+            "test_narrow_sampling.py::test_evaluation_samples_with_the_models_own_numbers",
+        ),
         (
             "first-teacher-for-all",
             "every row is scored by the first teacher",

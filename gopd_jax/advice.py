@@ -13,6 +13,7 @@ from collections.abc import Iterable
 
 from gopd_jax.evidence import (
     WINDOW,
+    closer,
     ends,
     is_number,
     lam_of,
@@ -204,11 +205,10 @@ def stale_rollouts(rows, config, *, share=0.5, n=10):
     behind = "" if lag is None else f", its weights {lag:.2g} steps old"
     return say(
         config,
-        f"stale rollouts: the importance weights leave {percent(math.exp(log_ess))} of the sample "
-        f"effective{behind}",
+        f"stale rollouts: {percent(math.exp(log_ess))} of the sample is effective, weighed{behind}",
         ("objective.importance", "token", "truncated weights"),
         ("objective.rejection", "token", "leaves out what is too far off"),
-        "a smaller --config.sampling.lag" if setting(config, "sampling.lag", 0) else None,
+        closer(config),
         slower(config),
     )
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gopd_jax import sharding
+from gopd_jax.models import quantized
 from gopd_jax.models.params import logical_axes
 
 
@@ -25,17 +26,27 @@ def _on_host(x) -> bool:
     return jax.typeof(x).memory_space == jax.memory.Space.Host
 
 
-def decode_copy(mesh, decoder, params):
-    """The weights in decode layout and dtype, gathered once for a whole rollout."""
+def decode_copy(mesh, decoder, params, weights_dtype: str | None = None):
+    """The weights in decode layout and dtype, gathered once for a whole rollout.
+
+    weights_dtype: of quantized.DTYPES, in which matrices are gathered and kept; None: the model's.
+    """
     axes = sharding.shardings(mesh, logical_axes(decoder.cfg), sharding.DECODE)
+    if weights_dtype is not None:
+        params = quantized.matrices(params, decoder.cfg, weights_dtype)
 
     def gather(path, x, layout):
+        if isinstance(x, quantized.Quantized):
+            # Scales lie where the partitioner has them: they are a thousandth of the numbers.
+            return x.replace(values=jax.lax.with_sharding_constraint(x.values, layout))
         # Norms and routers act in float32; rounding them would part the sampler from the scorer.
         is_exact = any(name in jax.tree_util.keystr(path) for name in ("norm", "router"))
         x = x if is_exact else x.astype(decoder.dtype)
         return jax.lax.with_sharding_constraint(x, layout)
 
-    return jax.tree_util.tree_map_with_path(gather, params, axes)
+    return jax.tree_util.tree_map_with_path(
+        gather, params, axes, is_leaf=lambda x: isinstance(x, quantized.Quantized)
+    )
 
 
 def by_teacher(function, rows, *, mesh, routes, group_rows):
@@ -76,11 +87,6 @@ def join(rows, n: int):
 
 
 # --- short completions among long ones
-
-
-def widths(length: int, n: int) -> tuple[int, ...]:
-    """n widths, evenly spaced up to `length`."""
-    return tuple(sorted({-(-length * k // n) for k in range(1, n + 1)}))
 
 
 def sorted_by_length(mesh, rows, mask_BT, n: int, sizes: tuple[int, ...]):

@@ -48,6 +48,10 @@ class Sampling:
     completion_length: int = 32  # tokens, end token included
     stop: tuple[str, ...] | None = None  # tokens that end a completion; None: the student's own
     slots: int | None = None  # rows decoded at one time, refilled as they end; None: all of a step
+    buckets: int = 1  # widths of the cache: a token reads the least that holds what is there
+    prompt_buckets: int = 1  # widths that a batch's prompts are cut to, as short as its longest
+    cache_dtype: str | None = None  # of keys and values: int8, float8_e4m3fn; None: the student's
+    weights_dtype: str | None = None  # of the student's matrices as it samples, of the same
     lag: int = 0  # steps by which the sampling weights are older, as asynchronous sampling has it
 
 
@@ -217,7 +221,10 @@ def to_dict(config: Config) -> dict:
 # Settings that may change between a run and its continuation: they change no number it computes.
 MAY_CHANGE = ("workdir", "checkpoints", "diagnostics", "preflight", "profile", "mesh")
 # Parts of others of which the same is true.
-PARTS_MAY_CHANGE = (".fingerprint", "lora.export", "sampling.slots")
+PARTS_MAY_CHANGE = (
+    *(".fingerprint", "lora.export"),
+    *("sampling.slots", "sampling.buckets", "sampling.prompt_buckets"),
+)
 # Read from files, which are identified by their content; and where weights lie.
 BY_CONTENT = ("path", "data.train", "data.test", "placement")
 # Options of later versions: absent from a run's identity while they are at their defaults, so that
@@ -231,6 +238,7 @@ LATER = {
     "remat": None,
     "attention": "auto",
     **dict.fromkeys(("moment_dtype", "weights_dtype"), "float32"),
+    **dict.fromkeys(("sampling.cache_dtype", "sampling.weights_dtype")),
     **{
         f"objective.{f.name}": f.default if f.default_factory is MISSING else f.default_factory()
         for f in dataclasses.fields(Objective)

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 # Rows that are looked at: of a run's beginning and of its end. So a step costs the same at the end
 # of a long run, and what has passed is forgotten.
 WINDOW = 200
+EIGHT_BITS = ("sampling.cache_dtype", "sampling.weights_dtype")
 TUPLES = ("objective.gates", "objective.regularizers")  # settings of several entries
 
 
@@ -74,8 +75,17 @@ def ends(rows: list[dict], key: str, n: int) -> tuple[float, float] | None:
 
 
 def same_weights(rows, config, n: int) -> bool:
-    """Whether the sampler had the weights that the scores are of."""
-    return setting(config, "sampling.lag", 0) == 0 and not last(rows, "staleness", n)
+    """Whether the sampler had the weights that the scores are of, in the same numbers."""
+    rounded = any(setting(config, key) for key in EIGHT_BITS)
+    return not (rounded or setting(config, "sampling.lag", 0) or last(rows, "staleness", n))
+
+
+def closer(config: dict) -> str | None:
+    """What would bring the sampler closer to the student, where a setting parts them."""
+    found = [f"--config.{key}=none" for key in EIGHT_BITS if setting(config, key)]
+    if setting(config, "sampling.lag", 0):
+        found.insert(0, "a smaller --config.sampling.lag")
+    return " or ".join(found) or None
 
 
 def percent(share: float) -> str:

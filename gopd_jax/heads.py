@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from gopd_jax import batching, scoring, sharding
+from gopd_jax.drawing import pick
 from gopd_jax.models import decoder as lm
 from gopd_jax.objectives.objective import fed, over_vocabulary
 from gopd_jax.objectives.supports import supported
 from gopd_jax.objectives.targets import mixed, tilted, tilted_distribution
-from gopd_jax.sampler import pick
 from gopd_jax.types import Rollout, Scores
 
 # What the chunks give of the frozen models.

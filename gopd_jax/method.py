@@ -220,6 +220,19 @@ def _sampling(c, made) -> Iterator[str]:
             f"sampling.lag is {s.lag} and objective.source is {o.source!r}; only the student's "
             "own rollouts can be stale: use lag = 0"
         )
+    for key in ("cache_dtype", "weights_dtype"):
+        if (kind := getattr(s, key)) is None:
+            continue
+        if o.source != "student":
+            yield (
+                f"sampling.{key} is {kind!r} and objective.source is {o.source!r}; only what the "
+                f"student samples is corrected for it: use {key} = None"
+            )
+        elif o.importance == "none":
+            yield (
+                f"sampling.{key} = {kind!r} samples from another policy than the one that learns; "
+                "correct it with --config.objective.importance=token, or leave it at None"
+            )
 
 
 def unused(config) -> Iterator[str]:

@@ -17,18 +17,20 @@ import jax
 from gopd_jax import abstract, collectives, flops, sharding, step
 from gopd_jax.chips import FLOAT32_PASSES, GIB, Topology
 from gopd_jax.flops import Work
-from gopd_jax.models import lora
+from gopd_jax.models import lora, quantized
+from gopd_jax.models.cache import widths
 from gopd_jax.models.decoder import Decoder
 from gopd_jax.models.params import abstract_params, logical_axes
-from gopd_jax.recipe import following
+from gopd_jax.recipe import Recipe, following
 
 PHASES = ("generate", "score", "update", "fused")
 ASSUMED = (
     "every completion as long as the limit",
     "products at --mfu of the chip's bfloat16 peak, a float32 product as "
     f"{FLOAT32_PASSES} bfloat16 passes, evenly spread over the chips",
-    "each token reads the weights in decode layout and all slots of the cache once, at full HBM "
-    "bandwidth; other phases read their arguments once",
+    "each token reads the weights in decode layout and the cache once, up to the width (one of "
+    "sampling.buckets) that holds what is there, at full HBM bandwidth; other phases read their "
+    "arguments once",
     "nothing for collectives, host work, evaluation and checkpoints",
     "templates of roles alike unless a setting says otherwise",
 )
@@ -267,17 +269,28 @@ def _slower(found: dict, part: str, compute: float, memory: float) -> None:
 def decode_reads(run: abstract.Run) -> tuple[int, int]:
     """(turns of the loop where every row runs to its full length, bytes of HBM that one reads).
 
-    Weights in decode layout once, without an embedding that is only looked up in; the cache whole,
-    because attention masks its empty slots and reads them.
+    Weights in decode layout once, without an embedding that is only looked up in; of the cache as
+    many slots as the width that holds what is there, in the mean over the turns.
     """
-    made, length = run.recipe, run.prompts.tokens_BP.shape[1] + run.recipe.completion_length
-    total, turns = 0, made.completion_length - 1
+    made, n_prompt = run.recipe, run.prompts.tokens_BP.shape[1]
+    length, total, turns = n_prompt + made.completion_length, 0, made.completion_length - 1
     for decoder, n_rows, at_once in writers(run):
         if at_once < n_rows:
             turns = -(-n_rows * made.completion_length // at_once)
-        total += weights_read(made.mesh, decoder)
-        total += cache_bytes(made.mesh, decoder, at_once, length)
+        total += weights_read(made.mesh, decoder, sampling_dtype(made, "weights"))
+        sizes = widths(length, made.sampling_buckets)
+        filled = range(n_prompt, n_prompt + turns)
+        slots = sum(next((w for w in sizes if w >= n), length) for n in filled) / max(turns, 1)
+        whole = cache_bytes(made.mesh, decoder, at_once, length, sampling_dtype(made, "cache"))
+        total += round(whole * slots / length)
     return turns, total
+
+
+def sampling_dtype(made: Recipe, what: str) -> str | None:
+    """The 8 bits in which the rollout keeps its weights or its cache; None: the decoder's dtype."""
+    if made.source != "student":
+        return None
+    return made.sampling_dtype if what == "weights" else made.cache_dtype
 
 
 def writers(run: abstract.Run) -> list[tuple[Decoder, int, int]]:
@@ -291,22 +304,32 @@ def writers(run: abstract.Run) -> list[tuple[Decoder, int, int]]:
     return [(decoder, n, min(n, made.slots or n)) for decoder, n in rows.items()]
 
 
-def cache_bytes(mesh, decoder, n_rows: int, length: int) -> int:
-    """Keys and values of one device's rows and heads."""
+def cache_bytes(mesh, decoder, n_rows: int, length: int, dtype: str | None = None) -> int:
+    """Keys and values of one device's rows and heads, of 8 bits with a float32 scale a token."""
     cfg, shards = decoder.cfg, sharding.n_row_shards(mesh)
     n_rows = -(-n_rows // shards) * shards
     names = {"cache": (None, "batch", "kv_heads", None, None)}
     layout = sharding.shardings(mesh, names, sharding.DECODE)["cache"]
     shape = cfg.num_hidden_layers, n_rows, cfg.num_key_value_heads, length, cfg.head_dim
-    return 2 * math.prod(layout.shard_shape(shape)) * jax.numpy.dtype(decoder.dtype).itemsize
+    numbers = 2 * math.prod(layout.shard_shape(shape))
+    if dtype is None:
+        return numbers * jax.numpy.dtype(decoder.dtype).itemsize
+    return numbers + 4 * numbers // cfg.head_dim
 
 
-def weights_read(mesh, decoder) -> int:
+def weights_read(mesh, decoder, dtype: str | None = None) -> int:
     """Bytes of one device's weights in decode layout, as a token reads them."""
     cfg = lora.base_config(decoder.cfg)
     shapes, axes = abstract_params(cfg), logical_axes(cfg)
     if not cfg.tie_word_embeddings:
         shapes, axes = ({k: x for k, x in tree.items() if k != "embed"} for tree in (shapes, axes))
     layout = sharding.shardings(mesh, axes, sharding.DECODE)
-    sizes = jax.tree.map(lambda x, where: math.prod(where.shard_shape(x.shape)), shapes, layout)
-    return sum(jax.tree.leaves(sizes)) * jax.numpy.dtype(decoder.dtype).itemsize
+    if dtype is not None:
+        shapes = jax.eval_shape(lambda params: quantized.matrices(params, cfg, dtype), shapes)
+
+    def size(where, x):
+        if isinstance(x, quantized.Quantized):
+            return math.prod(where.shard_shape(x.values.shape)) + 4 * x.scale.size
+        return math.prod(where.shard_shape(x.shape)) * jax.numpy.dtype(decoder.dtype).itemsize
+
+    return sum(jax.tree.leaves(jax.tree.map(size, layout, shapes)))

@@ -21,6 +21,8 @@ PREFLIGHTS = ("refuse", "warn", "off")
 SCHEDULES = ("constant", "cosine")
 REMAT = ("layers", "products", None)
 ATTENTION = ("auto", "xla", "splash", "cudnn")
+EIGHT_BITS = (None, "int8", "float8_e4m3fn")
+FULL = (".dtype", "moment_dtype", "optimizer.weights_dtype")  # settings of DTYPES
 # Of settings whose values had another form before.
 CURES = {"batch.remat": ": give 'layers' for what was True, and None (a flag's none) for False"}
 
@@ -127,9 +129,11 @@ def _choices(c) -> Iterator[str]:
         ("objective.source", c.objective.source, method.SOURCES),
         ("preflight", c.preflight, PREFLIGHTS),
         ("batch.attention", c.batch.attention, ATTENTION),
+        ("sampling.cache_dtype", c.sampling.cache_dtype, EIGHT_BITS),
+        ("sampling.weights_dtype", c.sampling.weights_dtype, EIGHT_BITS),
         ("batch.remat", c.batch.remat, REMAT),
         *([("lora.export", c.lora.export, EXPORTS)] if c.lora else ()),
-        *((k, value, DTYPES) for k, value, _ in leaves(c) if k.endswith((".dtype", "_dtype"))),
+        *((k, value, DTYPES) for k, value, _ in leaves(c) if k.endswith(FULL)),
         *((k, value, PLACEMENTS) for k, value, _ in leaves(c) if k.endswith(".placement")),
     ):
         if value not in choices:

@@ -9,9 +9,10 @@ import optax
 from flax import struct
 from jax.sharding import Mesh
 
-from gopd_jax import batching, sharding
 from gopd_jax import critic as critics
+from gopd_jax import sharding
 from gopd_jax.models import lora
+from gopd_jax.models.cache import widths
 from gopd_jax.models.decoder import Decoder
 from gopd_jax.models.params import abstract_params, logical_axes
 from gopd_jax.objectives.objective import Objective
@@ -54,6 +55,10 @@ class Recipe:
     updates: int = 1  # optimizer updates of a pass over the batch, each of as many of its rows
     epochs: int = 1  # passes
     slots: int | None = None  # rows that are sampled at one time; None: all
+    sampling_buckets: int = 1  # widths of the cache as a token reads it
+    prompt_buckets: int = 1  # widths that prompts are cut to as they are sampled from
+    cache_dtype: str | None = None  # 8 bits for the keys and values that sampling reads
+    sampling_dtype: str | None = None  # 8 bits for the weights that sampling reads
     lag: int = 0  # steps by which the sampler's weights are older than the student's
     critic: critics.Critic | None = None
     weights_dtype: str = "float32"  # of what is trained, between the steps
@@ -66,7 +71,7 @@ class Recipe:
     @property
     def widths(self) -> tuple[int, ...]:
         """Completion tokens that pieces of the batch are cut to, the least that holds them."""
-        return batching.widths(self.completion_length, self.buckets)
+        return widths(self.completion_length, self.buckets)
 
     @property
     def closed_form(self) -> bool:

@@ -6,12 +6,11 @@ so that one long completion does not keep the others' places idle.
 
 from __future__ import annotations
 
-import math
-
 import jax
 import jax.numpy as jnp
 from flax import struct
 
+from gopd_jax import drawing
 from gopd_jax.models import decoder as lm
 from gopd_jax.models.cache import Cache
 from gopd_jax.models.ops import constrain
@@ -36,6 +35,9 @@ def generate(
     top_p: float | None = None,
     slots: int | None = None,
     n_shards: int = 1,
+    buckets: int = 1,
+    prompt_buckets: int = 1,
+    cache_dtype: str | None = None,
 ) -> Rollout:
     """Sample one completion for each prompt at `temperature`, from the whole vocabulary.
 
@@ -44,11 +46,12 @@ def generate(
     The draw at position t of row b is a function of (key, row_B[b], t) alone: batch, order, slots
     and mesh do not change it. Ids from n_vocab on are padding of the embedding table and cannot be
     drawn. greedy takes the likeliest token and reports its log-prob at `temperature`.
-    top_p, of (0, 1], draws from each position's `nucleus` instead; log-probs stay those of the
-    whole distribution, so that they are the scorer's. Training leaves it None.
+    top_p, of (0, 1], draws from each position's `drawing.nucleus` instead; log-probs stay those of
+    the whole distribution, so that they are the scorer's. Training leaves it None.
 
     slots: rows that are decoded at one time; None: all. n_shards: runs of rows that lie on devices
     of their own, each with its share of the slots. ValueError where it does not divide both.
+    The rest is decoder.prefill's; an 8-bit cache, as 8-bit params, is another policy.
     """
     n_rows = prompts.tokens_BP.shape[0]
     slots = n_rows if slots is None else min(slots, n_rows)
@@ -64,8 +67,15 @@ def generate(
         keys_R=jax.vmap(lambda row: jax.random.fold_in(key, row))(prompts.row_B),
         length=completion_length,
         eos_ids=eos_ids,
-        choose=_chooser(temperature=temperature, n_vocab=n_vocab, greedy=greedy, top_p=top_p),
+        choose=drawing.chooser(
+            temperature=temperature, n_vocab=n_vocab, greedy=greedy, top_p=top_p
+        ),
         shape=(n_shards, n_rows // n_shards, slots // n_shards),
+        cached={
+            "buckets": buckets,
+            "prompt_buckets": prompt_buckets,
+            "cache_dtype": cache_dtype,
+        },
     )
 
     def turn(state):
@@ -74,25 +84,6 @@ def generate(
 
     state = jax.lax.while_loop(loop.unfinished, turn, loop.begin())
     return assemble(prompts, **loop.written(state, state.done_B))
-
-
-def _chooser(*, temperature, n_vocab, greedy, top_p):
-    """(logits, keys, positions) -> (token_B, its log-prob_B)."""
-
-    def choose(logits_BV, keys_B, t_B):
-        logits_BV = logits_BV / temperature
-        logits_BV = jnp.where(jnp.arange(logits_BV.shape[-1]) < n_vocab, logits_BV, -jnp.inf)
-        logp_BV = jax.nn.log_softmax(logits_BV)
-        if greedy:
-            token_B = jnp.argmax(logp_BV, -1).astype(jnp.int32)
-        else:
-            drawn_BV = logp_BV if top_p is None else nucleus(logp_BV, top_p)
-            keys_B = jax.vmap(jax.random.fold_in)(keys_B, t_B)
-            uniform_B2 = jax.vmap(lambda k: jax.random.uniform(k, (2,)))(keys_B)
-            token_B = draw(jnp.exp(drawn_BV), uniform_B2)
-        return token_B, pick(logp_BV, token_B)
-
-    return choose
 
 
 @struct.dataclass
@@ -122,9 +113,10 @@ class _State:
 class _Loop:
     """What the turns of one rollout share. shape: (shards, rows of a shard, slots of a shard)."""
 
-    def __init__(self, *, decoder, params, prompts, keys_R, length, eos_ids, choose, shape):
+    def __init__(self, *, decoder, params, prompts, keys_R, length, eos_ids, choose, shape, cached):
         self.decoder, self.params, self.prompts = decoder, params, prompts
         self.keys_R, self.length, self.choose, self.shape = keys_R, length, choose, shape
+        self.cached = cached
         self.stops_S = jnp.array(eos_ids, jnp.int32)
 
     def of_rows(self, x_R, index_Gi):
@@ -142,7 +134,8 @@ class _Loop:
             rows = (self.of_rows(x, first_Gs) for x in rows)
         tokens_BP, valid_BP, keys_B = rows
         total, width = n_shards * n_slots, tokens_BP.shape[1] + self.length
-        hidden_BD, cache = lm.prefill(self.decoder, self.params, tokens_BP, valid_BP, length=width)
+        model = self.decoder, self.params
+        hidden_BD, cache = lm.prefill(*model, tokens_BP, valid_BP, length=width, **self.cached)
         zero_B, none_B = jnp.zeros(total, jnp.int32), jnp.zeros(total, bool)
 
         def empty(n):
@@ -273,30 +266,6 @@ def by_rows(x):
     return constrain(x, "batch", *(None,) * (x.ndim - 1))
 
 
-def draw(p_BV, uniform_B2):
-    """An id of each row with the probability p_BV / its sum; uniform_B2 of [0, 1).
-
-    The inverse of the cumulative distribution in two turns: first one of 128 blocks of ids, then
-    an id in it. Each turn has a uniform number of its own: one, of 24 bits, could not tell apart
-    ids rarer than that. Far cheaper than noise for every id, and sums of blocks stay where a
-    sharded vocabulary lies.
-    """
-    n_rows, n_ids = p_BV.shape
-    p_BnW = p_BV.reshape(n_rows, math.gcd(n_ids, 128), -1)
-    block_B = _inverse(p_BnW.sum(-1), uniform_B2[:, 0])
-    p_BW = jnp.take_along_axis(p_BnW, block_B[:, None, None], 1)[:, 0]
-    return block_B * p_BW.shape[1] + _inverse(p_BW, uniform_B2[:, 1])
-
-
-def _inverse(p_Bn, uniform_B):
-    """The index whose interval of the cumulative sum holds uniform_B of the total."""
-    upto_Bn = jnp.cumsum(p_Bn, -1)
-    before_B = (upto_Bn <= uniform_B[:, None] * upto_Bn[:, -1:]).sum(-1)
-    # By rounding the product may reach the total: of the last that has mass, then.
-    last_B = p_Bn.shape[1] - 1 - jnp.argmax(p_Bn[:, ::-1] > 0, -1)
-    return jnp.minimum(before_B, last_B).astype(jnp.int32)
-
-
 def assemble(prompts, tokens_BC, mask_BC, logp_BC, ended_B) -> Rollout:
     """Prompts and their completions, wherever these come from, as one Rollout."""
     n_prompt = prompts.tokens_BP.shape[1]
@@ -314,31 +283,3 @@ def assemble(prompts, tokens_BC, mask_BC, logp_BC, ended_B) -> Rollout:
         reference=prompts.reference,
         lam_B=prompts.lam_B,
     )
-
-
-def nucleus(logp_xV, top_p: float):
-    """logp_xV of the fewest likeliest ids whose probabilities reach top_p, -inf elsewhere.
-
-    Not normalised anew, which a draw does not need. The likeliest id always stays; of equal ones
-    the lower id is the likelier. https://arxiv.org/abs/1904.09751
-    """
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p is {top_p}; it is above 0 and at most 1, None truncates nothing")
-    if top_p == 1:
-        return logp_xV  # a sum in float32 can reach 1 before the last ids, which would then go
-    order_xV = jnp.argsort(-logp_xV, axis=-1, stable=True)
-    sorted_xV = jnp.exp(jnp.take_along_axis(logp_xV, order_xV, -1))
-    # An id stays if those before it have not reached top_p yet: the one that crosses it is in.
-    before_xV = jnp.cumsum(sorted_xV, -1) - sorted_xV
-    kept_xV = (before_xV < top_p).at[..., 0].set(True)
-    rank_xV = jnp.argsort(order_xV, axis=-1)
-    return jnp.where(jnp.take_along_axis(kept_xV, rank_xV, -1), logp_xV, -jnp.inf)
-
-
-def pick(values_xV, ids_x):
-    """values_xV at ids_x along the last axis, as a masked sum.
-
-    A gather along a vocabulary that is sharded would fetch all of it; a sum is one small reduction.
-    """
-    hit_xV = jax.lax.broadcasted_iota(jnp.int32, values_xV.shape, values_xV.ndim - 1)
-    return jnp.where(hit_xV == ids_x[..., None], values_xV, 0.0).sum(-1)

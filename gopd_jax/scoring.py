@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from gopd_jax import sharding
+from gopd_jax.drawing import pick
 from gopd_jax.models import decoder as lm
-from gopd_jax.sampler import pick
 
 
 def score(decoder, params, rollout, *, temperature: float, n_vocab: int, chunk: int, view=None):

@@ -164,7 +164,7 @@ def guess(run: abstract.Run, names: tuple[str, ...]) -> int:
     length, extra = width + made.completion_length, [0]
     if {"generate", "fused"} & {*names} and made.source != "data":
         for decoder, _, n_rows in phases.writers(run):
-            copied = phases.weights_read(made.mesh, decoder)
+            copied = phases.weights_read(made.mesh, decoder, phases.sampling_dtype(made, "weights"))
             scores = FORWARD * _scores(made.mesh, decoder, -(-n_rows // shards), width)
             extra.append(_cache(run, decoder, n_rows) + copied + scores)
     if {"score", "fused"} & {*names}:
@@ -192,7 +192,8 @@ def _held(run: abstract.Run) -> int:
 
 def _cache(run: abstract.Run, decoder: Decoder, rows: int) -> int:
     length = run.prompts.tokens_BP.shape[1] + run.recipe.completion_length
-    return phases.cache_bytes(run.recipe.mesh, decoder, rows, length)
+    dtype = phases.sampling_dtype(run.recipe, "cache")
+    return phases.cache_bytes(run.recipe.mesh, decoder, rows, length, dtype)
 
 
 def _scores(mesh, decoder: Decoder, rows: int, length: int) -> int:

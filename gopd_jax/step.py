@@ -42,7 +42,7 @@ def generate(recipe: Recipe, params: Params, frozen: Frozen, prompts: Prompts, k
         rollout = batching.by_teacher(write, prompts, **_groups(recipe, routes))
     else:
         whole = lora.join(params, frozen.base)
-        rollout = _sample(recipe, recipe.student, whole, prompts, key)
+        rollout = _sample(recipe, recipe.student, whole, prompts, key, narrow=True)
     return jax.lax.stop_gradient(sharding.constrain_rows(rollout))
 
 
@@ -186,18 +186,21 @@ def _head(recipe) -> dict:
     }
 
 
-def _sample(recipe, decoder, params, prompts, key, view=None, greedy=False):
+def _sample(recipe, decoder, params, prompts, key, view=None, greedy=False, narrow=False):
     """sampler.generate from a copy of the weights in decode layout and dtype, made once.
 
     view: the prompts as the model reads them, where that is not as the student does; the rollout
-    is that of the student's prompts all the same.
+    is that of the student's prompts all the same. narrow: in the 8 bits that the recipe allows what
+    is learnt from and corrected; evaluation and whom nobody corrects keep the model's own.
     """
     seen = prompts
     if view is not None:
         seen = prompts.replace(tokens_BP=view.tokens_BP, valid_BP=view.valid_BP)
     rollout = sampler.generate(
         decoder,
-        batching.decode_copy(recipe.mesh, decoder, params),
+        batching.decode_copy(
+            recipe.mesh, decoder, params, recipe.sampling_dtype if narrow else None
+        ),
         seen,
         key,
         completion_length=recipe.completion_length,
@@ -207,6 +210,9 @@ def _sample(recipe, decoder, params, prompts, key, view=None, greedy=False):
         greedy=greedy,
         slots=recipe.slots,
         n_shards=sharding.n_row_shards(recipe.mesh),
+        buckets=recipe.sampling_buckets,
+        prompt_buckets=recipe.prompt_buckets,
+        cache_dtype=recipe.cache_dtype if narrow else None,
     )
     if view is None:
         return rollout

@@ -7,6 +7,7 @@ import pytest
 
 from gopd_jax import batching
 from gopd_jax.critic import Critic
+from gopd_jax.models import cache
 from tests import full_logits as full
 
 HEAD = Critic(learning_rate=0.02, width=8, closed_form=True, warmup_steps=0, value_clip=None)
@@ -43,10 +44,10 @@ def test_widths_change_no_step(name, shape):
 
 
 def test_widths_end_with_the_longest_completion():
-    assert batching.widths(16384, 4) == (4096, 8192, 12288, 16384)
-    assert batching.widths(6, 4) == (2, 3, 5, 6)
-    assert batching.widths(2, 4) == (1, 2)
-    assert batching.widths(7, 1) == (7,)
+    assert cache.widths(16384, 4) == (4096, 8192, 12288, 16384)
+    assert cache.widths(6, 4) == (2, 3, 5, 6)
+    assert cache.widths(2, 4) == (1, 2)
+    assert cache.widths(7, 1) == (7,)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 1)], ids=str)

@@ -9,7 +9,9 @@ from gopd_jax.recipe import init_state
 
 def test_steps_of_other_lengths_compile_nothing(setting):
     """Neither slots nor widths make shapes of their own."""
-    recipe, params, frozen, prompts = setting((2, 1, 1), slots=4, buckets=3)
+    recipe, params, frozen, prompts = setting(
+        (2, 1, 1), slots=4, buckets=3, sampling_buckets=3, prompt_buckets=2
+    )
     compiled = []
 
     def count(event, duration, **_):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gopd_jax import command, generate, microworld, sampler, score
+from gopd_jax import command, drawing, generate, microworld, sampler, score
 
 BASE = microworld.path("base")
 PROMPTS = [
@@ -168,7 +168,7 @@ def test_the_nucleus_is_the_fewest_likeliest_ids(top_p):
     logits_BV[1] = np.log([0.5, 0.25, 0.125, 0.0625, *[0.0625 / 7] * 7])  # exact sums
     logits_BV[2, 4:] = -np.inf
     logp_BV = jax.nn.log_softmax(logits_BV)
-    got_BV = np.asarray(sampler.nucleus(logp_BV, top_p))
+    got_BV = np.asarray(drawing.nucleus(logp_BV, top_p))
     for got_V, logp_V in zip(got_BV, np.asarray(logp_BV)):
         kept = np.isfinite(got_V)
         assert set(np.flatnonzero(kept)) == by_hand(np.exp(logp_V.astype(np.float64)), top_p)
@@ -179,10 +179,10 @@ def test_the_nucleus_is_the_fewest_likeliest_ids(top_p):
 
 def test_the_whole_vocabulary_is_a_nucleus_of_1():
     logp_V = jax.nn.log_softmax(jnp.linspace(0.0, -30.0, 1000))
-    np.testing.assert_array_equal(sampler.nucleus(logp_V, 1.0), logp_V)
+    np.testing.assert_array_equal(drawing.nucleus(logp_V, 1.0), logp_V)
     for top_p in (0.0, -0.5, 1.5):
         with pytest.raises(ValueError, match=f"top_p is {top_p}"):
-            sampler.nucleus(logp_V, top_p)
+            drawing.nucleus(logp_V, top_p)
 
 
 def draws(make_model, make_prompts, n_vocab, n_rows=2048, **options):

@@ -16,7 +16,7 @@ LAYERS = (
         *("chips", "flops", "collectives"),
     ),
     ("models",),
-    ("sampler", "scoring", "records", "reader", "data", "rows", "checkpoint"),
+    ("drawing", "sampler", "scoring", "records", "reader", "data", "rows", "checkpoint"),
     ("batching", "optimizer", "critic"),
     ("recipe",),
     ("heads",),

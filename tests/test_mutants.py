@@ -11,7 +11,8 @@ from benchmarks.mutants_list import MUTANTS, Mutant
 
 ROOT = Path(__file__).resolve().parents[1]
 STEP = (
-    "models/cache",
+    *("models/attention", "models/cache", "models/decoder", "models/moe", "models/ops"),
+    *("models/quantized", "sharding", "drawing"),
     "update",
     "heads",
     "step",

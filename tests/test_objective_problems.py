@@ -151,6 +151,15 @@ EXCLUDED = [
     # Somebody to compare with.
     ({"objective.baseline": "leave_one_out"}, [f"baseline = 'leave_one_out' {COMPARES}"]),
     ({"objective.task": "grpo"}, [f"task = 'grpo' {COMPARES}"]),
+    # What sampled and what learns.
+    (
+        {"sampling.cache_dtype": "int8"},
+        ["cache_dtype = 'int8' samples from another policy .* --config.objective.importance=token"],
+    ),
+    (
+        DATA | {"sampling.weights_dtype": "int8"},
+        ["weights_dtype is 'int8' and objective.source is 'data'; only what the student samples"],
+    ),
     # Values.
     ({"objective.credit": "gae(lam=0.9)"}, [r"credit = 'gae\(lam=0.9\)' .* " + NO_CRITIC]),
     ({"objective.baseline": "value"}, ["baseline = 'value' " + NO_CRITIC]),

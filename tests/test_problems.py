@@ -62,6 +62,8 @@ WRONG = {
         (False, "remat is False, a bool; .*: give 'layers' for what was True, and None"),
         ("True", r"remat is 'True'; it is one of \('layers', 'products', None\): give 'layers'"),
     ],
+    "sampling.cache_dtype": [("int4", r"cache_dtype is 'int4'; it is one of \(None, 'int8'")],
+    "sampling.weights_dtype": [("bfloat16", r"weights_dtype is 'bfloat16'; it is one of \(None")],
     "batch.attention": [("flash", r"attention is 'flash'; it is one of \('auto', 'xla', 'splash'")],
     "objective.lam": [(-0.5, "lam is -0.5; it has to be 0 or more"), (math.nan, "lam is nan")],
     "lora": [(Lora(targets="("), r"lora.targets is '\(', which is no regular expression: missing")],

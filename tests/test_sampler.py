@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gopd_jax import sampler, scoring, sharding
+from gopd_jax import drawing, sampler, scoring, sharding
 from gopd_jax.models import decoder as lm
 from gopd_jax.models.params import logical_axes
 from gopd_jax.types import Prompts, Rollout
@@ -301,4 +301,4 @@ def test_picking_is_indexing():
     values_BV = jax.random.normal(KEY, (3, 2, 7)).at[0, 0, 3].set(-jnp.inf)
     ids_B = jnp.array([[0, 6], [3, 2], [5, 5]])
     want_B = np.take_along_axis(np.asarray(values_BV), np.asarray(ids_B)[..., None], -1)[..., 0]
-    np.testing.assert_array_equal(sampler.pick(values_BV, ids_B), want_B)
+    np.testing.assert_array_equal(drawing.pick(values_BV, ids_B), want_B)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gopd_jax import sampler, sharding
+from gopd_jax import drawing, sampler, sharding
 from gopd_jax.models import decoder as lm
 from gopd_jax.models.params import logical_axes
 from tests.families import MODELS, random_params
@@ -135,7 +135,7 @@ def test_a_draw_inverts_the_cumulative_distribution():
     grid = (np.arange(200) + 0.5) / 200
     uniform_B2 = np.stack(np.meshgrid(grid, grid, indexing="ij"), -1).reshape(-1, 2)
     p_BV = jnp.broadcast_to(jnp.array(3 * p_V), (len(uniform_B2), 12))  # any total
-    ids_B = np.asarray(sampler.draw(p_BV, jnp.array(uniform_B2)))
+    ids_B = np.asarray(drawing.draw(p_BV, jnp.array(uniform_B2)))
     counts_V = np.bincount(ids_B, minlength=12) / len(ids_B)
     np.testing.assert_allclose(counts_V, p_V / p_V.sum(), atol=0.012)
     assert not counts_V[[0, 5, 11]].any()
@@ -148,7 +148,7 @@ def test_no_draw_takes_an_id_without_mass(n_ids):
     draw = np.random.default_rng(1)
     p_BV = np.where(draw.random((4, n_ids)) < 0.02, draw.random((4, n_ids)), 0).astype(np.float32)
     p_BV[:, draw.integers(n_ids)] = 1e-30  # one at least, however rare
-    ids_B = np.asarray(sampler.draw(jnp.array(p_BV), uniform_B2))
+    ids_B = np.asarray(drawing.draw(jnp.array(p_BV), uniform_B2))
     assert (p_BV[np.arange(4), ids_B] > 0).all()
 
 
@@ -161,5 +161,5 @@ def test_ids_rarer_than_a_float_s_bits_are_drawn_as_often_as_they_should_be():
     first = np.full(n, np.float32(1 - 2**-24))
     second = ((np.arange(n) + 0.5) / n).astype(np.float32)
     uniform_B2 = jnp.array(np.stack([first, second], 1))
-    ids_B = np.asarray(sampler.draw(jnp.broadcast_to(p_V, (n, 4096)), uniform_B2))
+    ids_B = np.asarray(drawing.draw(jnp.broadcast_to(p_V, (n, 4096)), uniform_B2))
     assert len(set(ids_B.tolist())) == 4096 // 128  # every id of the block

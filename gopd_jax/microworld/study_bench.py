@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gopd_jax import diagnose, heads, method, metrics, sampler, setup, sharding, step
+from gopd_jax import diagnose, drawing, heads, method, metrics, setup, sharding, step
 from gopd_jax.advance import ROLLOUT_STREAM, Stepper, prompts_of
 from gopd_jax.assembly import recipe_of
 from gopd_jax.config import Config
@@ -247,7 +247,7 @@ def flows(*, ids_x, student_xV, target_xV, teacher_xV, ref_xV, real_xV, losses):
     0 at a state whose sampled token is no negative. ref_xV, teacher_xV are not used.
     """
     full = objective.build(loss="exact").support
-    advantage_x = sampler.pick(target_xV, ids_x) - sampler.pick(student_xV, ids_x)
+    advantage_x = drawing.pick(target_xV, ids_x) - drawing.pick(student_xV, ids_x)
     negative_x = advantage_x < 0
     better_xV = jnp.where(real_xV, target_xV, 0.0) > jnp.where(real_xV, student_xV, 0.0)
     finite_xV = jnp.where(real_xV, student_xV, 0.0)
@@ -259,7 +259,7 @@ def flows(*, ids_x, student_xV, target_xV, teacher_xV, ref_xV, real_xV, losses):
             on = supported(full, None, logp_xV, target_xV, real_xV)
             known = dict(zip(("student_xS", "target_xS", "valid_xS"), on))
             known |= {"student_xV": logp_xV, "target_xV": target_xV, "real_xV": real_xV}
-            logp_x = sampler.pick(jnp.where(real_xV, logp_xV, 0.0), ids_x)
+            logp_x = drawing.pick(jnp.where(real_xV, logp_xV, 0.0), ids_x)
             known |= {"logp_x": logp_x, "ids_x": ids_x, "advantage_x": advantage_x}
             return fed(loss, known).sum()
 

@@ -5,15 +5,21 @@ is one contiguous write. A row that ends may give its place to another prompt in
 loop: the prompt takes the slots before `index`, wherever that stands, and where it came from does
 not show, because keys carry their positions (rope) and a slot that holds none of the row's tokens
 is not valid.
+
+Slots are filled from the first on, so that until the ring closes all that is in it stands in the
+first `index` slots. Reading is therefore cut to the least of a few static widths that holds them.
 """
 
 from __future__ import annotations
+
+import functools
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
 from gopd_jax.models.ops import constrain
+from gopd_jax.models.quantized import Quantized, quantize
 from gopd_jax.types import Array
 
 
@@ -21,25 +27,42 @@ from gopd_jax.types import Array
 class Cache:
     """Keys and values of each row's tokens so far.
 
-    k_NBKLE, v_NBKLE after rope, in the decoder's dtype; valid_BL bool, slots that hold a token of
-    the row; position_BL int32, its rope position; next_B int32, that of the row's next token;
-    index int32, appends so far and the prompt's length: the next one goes to slot index % L.
+    k_NBKLE, v_NBKLE after rope, in the decoder's dtype or Quantized token by token; valid_BL bool,
+    slots that hold a token of the row; position_BL int32, its rope position; next_B int32, that of
+    the row's next token; index int32, appends so far and the prompt's length: the next one goes to
+    slot index % L. widths: those up to which slots are read, the last is L.
     """
 
-    k_NBKLE: Array
-    v_NBKLE: Array
+    k_NBKLE: Array | Quantized
+    v_NBKLE: Array | Quantized
     valid_BL: Array
     position_BL: Array
     next_B: Array
     index: Array
+    widths: tuple[int, ...] = struct.field(pytree_node=False)
 
 
-def filled(kv, valid_BP, position_BP, *, length: int) -> Cache:
-    """A cache of `length` slots with prompts in the first P. kv: (k_NBKPE, v_NBKPE)."""
+def widths(length: int, n: int) -> tuple[int, ...]:
+    """n widths, evenly spaced up to `length`."""
+    return tuple(sorted({-(-length * k // n) for k in range(1, n + 1)}))
+
+
+def filled(kv, valid_BP, position_BP, *, length: int, buckets: int, dtype: str | None) -> Cache:
+    """A cache of `length` slots with prompts in the first P. kv: (k_NBKPE, v_NBKPE).
+
+    buckets: widths at which it may be read. dtype: of quantized.DTYPES, or None: kv's own.
+    """
     room = length - valid_BP.shape[1]
-    kv = [jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, room), (0, 0))) for x in kv]
-    k_NBKLE, v_NBKLE = (constrain(x, None, "batch", "kv_heads", "length", None) for x in kv)
+    if dtype is not None:
+        kv = [quantize(x, dtype, axes=(4,)) for x in kv]
+
+    def fill(x):
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, room), (0, 0)))
+        return constrain(x, None, "batch", "kv_heads", "length", None)
+
+    k_NBKLE, v_NBKLE = jax.tree.map(fill, tuple(kv))
     return Cache(
+        widths=widths(length, buckets),
         k_NBKLE=k_NBKLE,
         v_NBKLE=v_NBKLE,
         valid_BL=jnp.pad(valid_BP, ((0, 0), (0, room))),
@@ -49,14 +72,33 @@ def filled(kv, valid_BP, position_BP, *, length: int) -> Cache:
     )
 
 
+def read(cache: Cache, layer, width: int):
+    """(k_BKSE, v_BKSE) of a layer in the first `width` slots, as they are stored."""
+
+    def one(x):
+        shape = (1, *x.shape[1:3], width, x.shape[4])
+        return jax.lax.dynamic_slice(x, (layer, 0, 0, 0, 0), shape)[0]
+
+    return jax.tree.map(one, (cache.k_NBKLE, cache.v_NBKLE))
+
+
+def at_width(function, cache: Cache):
+    """function(width) of the least of the cache's widths that holds all that is in it."""
+    if len(cache.widths) == 1:
+        return function(*cache.widths)
+    which = (jnp.array(cache.widths[:-1], jnp.int32) < cache.index).sum()
+    return jax.lax.switch(which, [functools.partial(function, width) for width in cache.widths])
+
+
 def append(cache: Cache, kv) -> Cache:
     """The cache with one token more in every row. kv: (k_NBK1E, v_NBK1E) of them."""
     slot = cache.index % cache.valid_BL.shape[1]
-    start = (0, 0, 0, slot, 0)
-    past = cache.k_NBKLE, cache.v_NBKLE
-    k_NBKLE, v_NBKLE = (jax.lax.dynamic_update_slice(c, x, start) for c, x in zip(past, kv))
+    past, kv = (cache.k_NBKLE, cache.v_NBKLE), _as_stored(cache, kv)
+    k_NBKLE, v_NBKLE = jax.tree.map(
+        lambda c, x: jax.lax.dynamic_update_slice(c, x, (0, 0, 0, slot, 0)), past, kv
+    )
     here_L = jnp.arange(cache.valid_BL.shape[1]) == slot
-    return Cache(
+    return cache.replace(
         k_NBKLE=k_NBKLE,
         v_NBKLE=v_NBKLE,
         valid_BL=cache.valid_BL | here_L,
@@ -64,6 +106,12 @@ def append(cache: Cache, kv) -> Cache:
         next_B=cache.next_B + 1,
         index=cache.index + 1,
     )
+
+
+def _as_stored(cache: Cache, kv):
+    if not isinstance(cache.k_NBKLE, Quantized):
+        return tuple(kv)
+    return tuple(quantize(x, str(cache.k_NBKLE.values.dtype), axes=(4,)) for x in kv)
 
 
 def admit(cache: Cache, kv, valid_BP, position_BP, taken_B) -> Cache:
@@ -84,7 +132,7 @@ def admit(cache: Cache, kv, valid_BP, position_BP, taken_B) -> Cache:
             new = jnp.where(taken_B[None, :, None, None, None], x, old)
             return jax.lax.dynamic_update_slice(c, new, start)
 
-        return tuple(put(c, x) for c, x in zip(caches, kv(p)))
+        return jax.tree.map(put, caches, _as_stored(cache, kv(p)))
 
     caches = cache.k_NBKLE, cache.v_NBKLE
     k_NBKLE, v_NBKLE = jax.lax.fori_loop(0, n_prompt, write, caches)
@@ -93,11 +141,10 @@ def admit(cache: Cache, kv, valid_BP, position_BP, taken_B) -> Cache:
     within_L = of_L < n_prompt
     of_L = jnp.minimum(of_L, n_prompt - 1)
     taken_B1 = taken_B[:, None]
-    return Cache(
+    return cache.replace(
         k_NBKLE=k_NBKLE,
         v_NBKLE=v_NBKLE,
         valid_BL=jnp.where(taken_B1, valid_BP[:, of_L] & within_L, cache.valid_BL),
         position_BL=jnp.where(taken_B1, position_BP[:, of_L], cache.position_BL),
         next_B=jnp.where(taken_B, position_BP[:, -1] + 1, cache.next_B),
-        index=cache.index,
     )

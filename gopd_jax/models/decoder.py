@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from gopd_jax.models import attention, moe
+from gopd_jax.models import attention, moe, quantized
 from gopd_jax.models import cache as caching
 from gopd_jax.models.cache import Cache
 from gopd_jax.models.ops import attend, constrain, einsum, project, rms_norm
@@ -54,11 +54,11 @@ class Block(nn.Module):
     attention: str
 
     @nn.compact
-    def __call__(self, x_BLD, past, slides, views):
+    def __call__(self, x_BLD, layer, slides, past: Cache | None, views):
         """(x_BLD, (k_BKLE, v_BKLE)): the layer's output, and its keys and values to be cached.
 
-        past is (k_BKSE, v_BKSE) of earlier tokens, or None. views is one View; or a full and a
-        sliding layer's, of which the bool `slides` chooses this one's.
+        past holds earlier tokens of all layers, of which this is number `layer`. views is one View;
+        or a full and a sliding layer's, of which the bool `slides` chooses this one's.
         """
         cfg, traits, dtype = self.cfg, self.cfg.traits, jnp.dtype(self.dtype)
         weight = {row.name: self._weight(row) for row in table(cfg) if row.stacked}
@@ -67,11 +67,11 @@ class Block(nn.Module):
             view = jax.tree.map(lambda full, near: jnp.where(slides, near, full), *views)
 
         def dot(x, name, contract=1):
-            y = project(x, weight[name].astype(dtype), contract)
+            y = project(x, weight[name], contract)
             if (a := weight.get(f"{name}_lora_a")) is None:
                 return y
-            low = project(x, a.astype(dtype), contract)
-            return y + cfg.lora.scale * project(low, weight[f"{name}_lora_b"].astype(dtype))
+            low = project(x, a, contract)
+            return y + cfg.lora.scale * project(low, weight[f"{name}_lora_b"])
 
         def norm(x, name):
             return rms_norm(x, weight[name], cfg.rms_norm_eps, traits.norm_offset)
@@ -102,7 +102,13 @@ class Block(nn.Module):
                 slides=slides,
             )
         else:
-            out_BLHE = attend(q_BLHE, k_BKLE, v_BKLE, view.mask_BxL, past, view.past_mask_BS)
+
+            def attended(width):
+                own = q_BLHE, k_BKLE, v_BKLE, view.mask_BxL
+                before = caching.read(past, layer, width), view.past_mask_BS[:, :width]
+                return attend(*own, *before)
+
+            out_BLHE = caching.at_width(attended, past)
         out_BLD = dot(out_BLHE, "o", contract=2)
         x_BLD = x_BLD + (norm(out_BLD, "attention_post_norm") if traits.post_norms else out_BLD)
 
@@ -150,8 +156,11 @@ class Decoder(nn.Module):
             if not row.stacked
         }
         # Whole rows of the table at every device: a lookup along a sharded width is rematerialised.
-        embed_VD = constrain(weight["embed"].astype(self.dtype), "vocab", None)
-        x_BLD = constrain(jnp.take(embed_VD, tokens_BL, axis=0), "batch", "length", "embed")
+        embed = weight["embed"]
+        if not isinstance(embed, quantized.Quantized):
+            embed = constrain(embed.astype(self.dtype), "vocab", None)
+        found = jax.tree.map(lambda x: jnp.take(x, tokens_BL, axis=0), embed)
+        x_BLD = constrain(quantized.full(found, self.dtype), "batch", "length", "embed")
         if cfg.traits.scaled_embedding:
             # The root itself is rounded to the dtype: Gemma was trained so.
             x_BLD = x_BLD * jnp.asarray(cfg.hidden_size**0.5, self.dtype)
@@ -162,13 +171,13 @@ class Decoder(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, 0, nn.broadcast),
+            in_axes=(0, 0, nn.broadcast, nn.broadcast),
             length=cfg.num_hidden_layers,
         )(cfg, self.dtype, self.attention, name="layers")
-        past = None if cache is None else (cache.k_NBKLE, cache.v_NBKLE)
-        kernel = past is None and self.attention != "xla"
+        layer_N = None if cache is None else jnp.arange(cfg.num_hidden_layers)
+        kernel = cache is None and self.attention != "xla"
         slides_N, views = _views(cfg, positions_BL, valid_B1L, cache, kernel)
-        return layers(x_BLD, past, slides_N, views)
+        return layers(x_BLD, layer_N, slides_N, cache, views)
 
 
 def _views(cfg: ModelConfig, positions_BL, valid_B1L, cache: Cache | None, kernel: bool):
@@ -208,17 +217,41 @@ def hidden(decoder: Decoder, params, tokens_BL, valid_BL):
     return _final_norm(decoder, params, x_BLD)
 
 
-def prefill(decoder: Decoder, params, tokens_BP, valid_BP, *, length: int):
+def prefill(
+    decoder: Decoder,
+    params,
+    tokens_BP,
+    valid_BP,
+    *,
+    length: int,
+    buckets: int = 1,
+    prompt_buckets: int = 1,
+    cache_dtype: str | None = None,
+):
     """(hidden_BD at the last position, Cache of `length` slots with the prompts in the first P).
 
-    Prompts are left-padded, so that the last position is each row's last token.
+    Prompts are left-padded, so that the last position is each row's last token. buckets: widths
+    at which the cache is read; prompt_buckets: widths to which prompts are cut, the least that
+    holds the batch's longest; cache_dtype: of quantized.DTYPES, or None.
     """
     n_prompt = tokens_BP.shape[1]
     if length < n_prompt:
         raise ValueError(f"a cache of length = {length} cannot hold prompts of {n_prompt} tokens")
-    x_BPD, positions_BP, kv = _whole_rows(decoder, params, tokens_BP, valid_BP)
-    cache = caching.filled(kv, valid_BP, positions_BP, length=length)
-    return _final_norm(decoder, params, x_BPD[:, -1]), cache
+
+    def at(width):
+        tokens_BW, valid_BW = (x[:, n_prompt - width :] for x in (tokens_BP, valid_BP))
+        x_BWD, positions_BW, kv = _whole_rows(decoder, params, tokens_BW, valid_BW)
+        cache = caching.filled(
+            kv, valid_BW, positions_BW, length=length, buckets=buckets, dtype=cache_dtype
+        )
+        return _final_norm(decoder, params, x_BWD[:, -1]), cache
+
+    sizes = caching.widths(n_prompt, prompt_buckets)
+    if len(sizes) == 1:
+        return at(n_prompt)
+    longest = n_prompt - jnp.argmax(valid_BP.any(0))
+    which = (jnp.array(sizes[:-1], jnp.int32) < longest).sum()
+    return jax.lax.switch(which, [functools.partial(at, width) for width in sizes])
 
 
 def decode(decoder: Decoder, params, token_B, cache: Cache):
@@ -261,9 +294,10 @@ def head_params(decoder: Decoder, params) -> dict:
 def logits(decoder: Decoder, params, hidden_xD):
     """float32 logits of any leading shape, accumulated in float32. All of V: call it in chunks."""
     (head_VD,) = head_params(decoder, params).values()
-    logits_xV = einsum(
-        "...d,vd->...v", hidden_xD, head_VD.astype(decoder.dtype), out_dtype=jnp.float32
-    )
+    head_VD, scale_V1 = quantized.parts(head_VD, decoder.dtype)
+    logits_xV = einsum("...d,vd->...v", hidden_xD, head_VD, out_dtype=jnp.float32)
+    if scale_V1 is not None:
+        logits_xV = logits_xV * scale_V1[:, 0]
     leading = ("batch", *(None,) * logits_xV.ndim)[: logits_xV.ndim - 1]
     return constrain(logits_xV, *leading, "vocab")
 

@@ -8,6 +8,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from gopd_jax.models import quantized
+
 # Finite, so that a query without any valid key (padding) averages instead of becoming NaN.
 MASKED = -1e30
 
@@ -17,7 +19,8 @@ def attend(q_BLHE, k_BKLE, v_BKLE, mask_BxL, past, past_mask_BS):
 
     Query head h reads key/value head h // (H / K); keys and values are not repeated, the heads of
     a group are rows of one product. The softmax is one over both parts, without joining them:
-    joined, the past would be copied.
+    joined, the past would be copied. Keys and values of the past may be Quantized token by token:
+    scores take the scale of a key, and weights that of a value.
     """
     n_rows, n_queries, n_heads, width = q_BLHE.shape
     n_kv = k_BKLE.shape[1]
@@ -28,29 +31,42 @@ def attend(q_BLHE, k_BKLE, v_BKLE, mask_BxL, past, past_mask_BS):
     parts = [(k_BKLE, v_BKLE, jnp.tile(mask_BxL[:, None], (1, 1, group, 1)))]
     if past is not None:
         parts.append((*past, past_mask_BS[:, None, None]))
-    scores = [
-        jnp.where(mask, einsum("bkxe,bkse->bkxs", q_BKxE, k, out_dtype=jnp.float32), MASKED)
-        for k, _, mask in parts
-    ]
+    scores = [jnp.where(mask, _scores(q_BKxE, k), MASKED) for k, _, mask in parts]
     top = jax.lax.stop_gradient(jnp.stack([s.max(-1) for s in scores]).max(0))
     weights = [jnp.exp(s - top[..., None]) for s in scores]
     total = sum(w.sum(-1) for w in weights)
     out_BKxE = sum(
-        einsum("bkxs,bkse->bkxe", (w / total[..., None]).astype(v.dtype), v)
-        for w, (_, v, _) in zip(weights, parts)
+        _weighed(w / total[..., None], v, q_BLHE.dtype) for w, (_, v, _) in zip(weights, parts)
     )
     out_BKGLE = out_BKxE.reshape(n_rows, n_kv, group, n_queries, width)
     return out_BKGLE.transpose(0, 3, 1, 2, 4).reshape(q_BLHE.shape)
 
 
+def _scores(q_BKxE, k_BKSE):
+    plain_BKSE, scale_BKS1 = quantized.parts(k_BKSE, q_BKxE.dtype)
+    score_BKxS = einsum("bkxe,bkse->bkxs", q_BKxE, plain_BKSE, out_dtype=jnp.float32)
+    return score_BKxS if scale_BKS1 is None else score_BKxS * scale_BKS1.swapaxes(2, 3)
+
+
+def _weighed(weight_BKxS, v_BKSE, dtype):
+    plain_BKSE, scale_BKS1 = quantized.parts(v_BKSE, dtype)
+    if scale_BKS1 is not None:
+        weight_BKxS = weight_BKxS * scale_BKS1.swapaxes(2, 3)
+    return einsum("bkxs,bkse->bkxe", weight_BKxS.astype(dtype), plain_BKSE)
+
+
 def project(x, weight, contract: int = 1):
     """x times weight over x's last and weight's first `contract` axes, as one matrix product.
 
-    The CPU backend runs higher-rank products, and above all their gradients, several times slower.
+    weight is cast to x's dtype, or Quantized by output channel, whose scales the product takes. The
+    CPU backend runs higher-rank products, and above all their gradients, several times slower.
     """
+    weight, scale = quantized.parts(weight, x.dtype)
     leading, out = x.shape[: x.ndim - contract], weight.shape[contract:]
     width = math.prod(weight.shape[:contract])
     product = einsum("ri,io->ro", x.reshape(-1, width), weight.reshape(width, -1))
+    if scale is not None:
+        product = (product * scale.reshape(-1)).astype(x.dtype)
     return product.reshape(*leading, *out)
 
 
