@@ -31,21 +31,28 @@ def decode_copy(mesh, decoder, params, weights_dtype: str | None = None):
 
     weights_dtype: of quantized.DTYPES, in which matrices are gathered and kept; None: the model's.
     """
-    axes = sharding.shardings(mesh, logical_axes(decoder.cfg), sharding.DECODE)
+    axes, train = (
+        sharding.shardings(mesh, logical_axes(decoder.cfg), rules)
+        for rules in (sharding.DECODE, sharding.TRAIN)
+    )
     if weights_dtype is not None:
         params = quantized.matrices(params, decoder.cfg, weights_dtype)
 
-    def gather(path, x, layout):
+    held = jax.lax.with_sharding_constraint
+
+    def gather(path, x, layout, before):
         if isinstance(x, quantized.Quantized):
-            # Scales lie where the partitioner has them: they are a thousandth of the numbers.
-            return x.replace(values=jax.lax.with_sharding_constraint(x.values, layout))
+            # Where the masters lie first, or the partitioner would gather these and round then.
+            values = held(held(x.values, before), layout)
+            scale = held(x.scale, sharding.narrowed(layout, x.scale.shape))
+            return quantized.Quantized(values, scale)
         # Norms and routers act in float32; rounding them would part the sampler from the scorer.
         is_exact = any(name in jax.tree_util.keystr(path) for name in ("norm", "router"))
         x = x if is_exact else x.astype(decoder.dtype)
-        return jax.lax.with_sharding_constraint(x, layout)
+        return held(x, layout)
 
     return jax.tree_util.tree_map_with_path(
-        gather, params, axes, is_leaf=lambda x: isinstance(x, quantized.Quantized)
+        gather, params, axes, train, is_leaf=lambda x: isinstance(x, quantized.Quantized)
     )
 
 

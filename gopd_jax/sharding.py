@@ -130,6 +130,13 @@ def on_host(tree):
     return jax.tree.map(lambda where: where.with_memory_kind("pinned_host"), tree)
 
 
+def narrowed(layout: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
+    """The layout, for an array that has a single place along some of its axes."""
+    spec = (*layout.spec, *(None,) * (len(shape) - len(layout.spec)))
+    spec = (axis if size > 1 else None for axis, size in zip(spec, shape))
+    return NamedSharding(layout.mesh, P(*spec))
+
+
 def mesh_problems(mesh: Mesh, abstract_params, logical_axes, *, role: str) -> list[str]:
     """Dimensions of a model that the mesh does not divide, by parameter."""
     found: dict[str, str] = {}

@@ -1,6 +1,7 @@
 """Sampling that reads less: 8-bit weights and cache, and widths of what is there."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +9,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from gopd_jax import batching, sampler, scoring, step
+from benchmarks import eight_bits
+from gopd_jax import batching, sampler, scoring, sharding, step
+from gopd_jax.microworld import preset
 from gopd_jax.models import cache as caching
 from gopd_jax.models import decoder as lm
 from gopd_jax.models import ops, quantized
-from gopd_jax.models.params import table
+from gopd_jax.models.params import logical_axes, table
 from gopd_jax.objectives import objective
 from gopd_jax.recipe import init_state
 from tests import families
@@ -290,3 +293,36 @@ def test_evaluation_samples_with_the_models_own_numbers(setting):
     key = jax.random.key(3)
     got = step.sampling(recipe, recipe.student)(params, prompts, key)
     same(got, step.sampling(plain, plain.student)(params, prompts, key))
+
+
+@pytest.mark.slow
+def test_the_benchmarks_line_is_of_the_builtin_model():
+    config = preset.two_teachers("unused")
+    config.batch.prompts, config.batch.microbatches = 16, 1
+    text, millions = eight_bits.line(config, ("float32", "int8", None))
+    cells = text.strip("| ").split(" | ")
+    assert cells[:3] == ["float32", "int8", ""]
+    assert 0 < float(cells[4]) < 1e-3
+    assert 0.5 < millions < 1
+
+
+def test_shards_are_rounded_before_they_are_gathered(make_model, make_mesh):
+    """Of the matrices 8 bits travel, and nothing of a scale is left to be gathered by a token."""
+    decoder, params = make_model()
+    mesh = make_mesh((1, 8, 1))
+    params = jax.device_put(params, sharding.shardings(mesh, logical_axes(decoder.cfg)))
+
+    def copied(params):
+        return batching.decode_copy(mesh, decoder, params, "int8")
+
+    with sharding.use(mesh):
+        compiled = jax.jit(copied).lower(params).compile()
+        made = compiled(params)
+    gathered = re.findall(r"= (\w+)\[([\d,]+)\]\S* all-gather\(", compiled.as_text())
+    wide = [dims for kind, dims in gathered if kind == "f32" and len(dims.split(",")) > 2]
+    assert any(kind == "s8" for kind, _ in gathered)
+    assert all(1 in map(int, dims.split(",")) for dims in wide), wide
+    for row in table(decoder.cfg):
+        leaf = (made["layers"] if row.stacked else made)[row.name]
+        if isinstance(leaf, quantized.Quantized):
+            assert leaf.scale.sharding.is_fully_replicated, row.path
