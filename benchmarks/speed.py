@@ -85,14 +85,11 @@ GROUPS = {
     },
 }
 WITH_PEERS = ("tiny", "small")
-# {variant: changes of the workload} for --memory. A first run compiles and fills the cache that the
-# next one starts with, as `python -m gopd_jax.main` has one.
-MEMORY = {
-    "gopd_jax, first run": {"microbatches": 4},
-    "gopd_jax": {"microbatches": 4},
-    "gopd_jax, 16 microbatches, first run": {"microbatches": 16},
-    "gopd_jax, 16 microbatches": {"microbatches": 16},
-}
+# {group: pieces of the batch} for --memory: more than above, for steps that take no longer.
+PIECES = {"tiny": 8, "small": 16}
+# The first run compiles and fills the cache that the next one starts with, as
+# `python -m gopd_jax.main` has one.
+OURS_IN_MEMORY = ("gopd_jax, first run", "gopd_jax")
 
 
 class Contender:
@@ -165,8 +162,9 @@ def peaks(group: str, peers: dict[str, list[str]], rounds: int, log, advance) ->
         advance()
 
     with tempfile.TemporaryDirectory() as cache:
-        for name, changes in MEMORY.items():
-            alone(name, OURS, workload(group, memory=True, cache=cache) | changes)
+        of_ours = {"memory": True, "cache": cache, "microbatches": PIECES[group]}
+        for name in OURS_IN_MEMORY:
+            alone(name, OURS, workload(group, **of_ours))
     for name, command in peers.items():
         alone(name, command, workload(group))
     return found
@@ -179,7 +177,6 @@ def whole_peak(result: dict) -> float:
 
 def memory_table(group: str, results: dict[str, dict]) -> str:
     """Each contender's peaks, and their ratio to the leanest peer's where there is one."""
-    ours = MEMORY.keys()
     from_start = {name: whole_peak(result) for name, result in results.items()}
     in_steps = {name: max(s["peak_mib"] for s in r["steps"]) for name, r in results.items()}
     lines = [
@@ -192,7 +189,7 @@ def memory_table(group: str, results: dict[str, dict]) -> str:
     for name in results:
         cells = [name]
         for found in (from_start, in_steps):
-            least = min((found[peer] for peer in found if peer not in ours), default=None)
+            least = min((found[peer] for peer in found if peer not in OURS_IN_MEMORY), default=None)
             cells.append(f"{found[name]:,.0f}")
             cells.append("" if least is None else f"{found[name] / least:.2f}")
         lines.append("| " + " | ".join(cells) + " |")
@@ -264,7 +261,7 @@ def main() -> None:
         Progress(console=CONSOLE) as progress,
         (options.out / "stderr.log").open("a") as log,
     ):
-        turns = len(MEMORY) + len(peers) if options.memory else options.rounds
+        turns = len(OURS_IN_MEMORY) + len(peers) if options.memory else options.rounds
         task = progress.add_task("groups", total=len(options.only) * turns)
         for group in options.only:
             progress.update(task, description=group)
