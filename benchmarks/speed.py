@@ -159,7 +159,7 @@ def peaks(group: str, peers: dict[str, list[str]], rounds: int, log, advance) ->
         finally:
             one.end()
         found[name] = one.result()
-        advance()
+        advance(found)
 
     with tempfile.TemporaryDirectory() as cache:
         of_ours = {"memory": True, "cache": cache, "microbatches": PIECES[group]}
@@ -257,6 +257,16 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / f"{name}.json"
     found = json.loads(file.read_text()) if file.exists() else {}
+
+    def keep():
+        file.write_text(json.dumps(found, indent=1) + "\n")
+
+    def advance(so_far=None):
+        progress.advance(task)
+        if so_far is not None:
+            found[group] = so_far
+            keep()
+
     with (
         Progress(console=CONSOLE) as progress,
         (options.out / "stderr.log").open("a") as log,
@@ -265,10 +275,8 @@ def main() -> None:
         task = progress.add_task("groups", total=len(options.only) * turns)
         for group in options.only:
             progress.update(task, description=group)
-            found[group] = measure(
-                group, peers, options.rounds, log, lambda: progress.advance(task)
-            )
-            file.write_text(json.dumps(found, indent=1) + "\n")
+            found[group] = measure(group, peers, options.rounds, log, advance)
+            keep()
     title = f"{os.cpu_count()} CPUs, {platform.machine()}, Python {platform.python_version()}; "
     title += "peaks of the resident set" if options.memory else "seconds as median / least"
     tables = [show(group, found[group]) for group in GROUPS if group in found]
