@@ -6,9 +6,10 @@ answers each line of its input with one of {phase: seconds}, `step` among them.
 """
 
 import json
-import resource
+import re
 import sys
 import time
+from pathlib import Path
 
 
 def workload() -> dict:
@@ -32,14 +33,30 @@ class Watch:
         return self.seconds | {"step": time.perf_counter() - self.start}
 
 
-def serve(step, told: dict, *, warmup: int = 2) -> None:
-    """Answer until the input ends. step: () -> {phase: seconds}; told: for the first line."""
+def serve(step, told: dict, *, warmup: int = 2, to=None) -> None:
+    """Answer until the input ends. step: () -> {phase: seconds}; told: for the first line, which
+    also has start_mib, the peak so far; the answers' peak_mib is that of the steps since.
+
+    to: the answers' stream, where standard output is something else's.
+    """
     for _ in range(warmup):
         step()
-    _say(told)
+    _say(told | {"start_mib": peak_mib()}, to)
+    forget_peak()
     for _ in sys.stdin:
-        _say(step() | {"peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024})
+        _say(step() | {"peak_mib": peak_mib()}, to)
 
 
-def _say(line: dict) -> None:
-    print(json.dumps(line), flush=True)
+def peak_mib() -> float:
+    """MiB that lay in memory at most (resident set) since the start or the last forget_peak."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024
+
+
+def forget_peak() -> None:
+    """The peak is from now on that of what comes: proc(5), clear_refs."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def _say(line: dict, to=None) -> None:
+    print(json.dumps(line), flush=True, file=to)

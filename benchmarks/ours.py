@@ -3,9 +3,11 @@
 The workload's JSON may also hold: loss, lam, n_teachers, microbatches, head_chunk, slots, devices
 (emulated, one mesh axis "data"), and mean_length: completions then end at random, geometrically,
 at that mean, as an untrained model's do where that share of the ids ends a completion. only:
-"generate", where a step is to be the rollout alone.
+"generate", where a step is to be the rollout alone. memory: true, where nothing is to be compiled
+or held but what a run's fused step needs; cache: a directory for what is compiled, as a run has it.
 """
 
+import dataclasses
 import os
 import time
 
@@ -17,6 +19,9 @@ os.environ["JAX_NUM_CPU_DEVICES"] = str(told.get("devices", 1))
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
+
+if "cache" in told:
+    jax.config.update("jax_compilation_cache_dir", told["cache"])
 
 from benchmarks import workloads  # noqa: E402
 from gopd_jax import flops, sharding, step  # noqa: E402
@@ -65,6 +70,8 @@ class Run:
         self.fused, self.stages = step.fused(recipe), step.staged(recipe)
         self.rollouts_only = told.get("only") == "generate"
         self.state, self.i = self.made.state(), 0
+        # As in a run: once there is a state, the first weights are given up.
+        self.made = dataclasses.replace(self.made, params=None)
         start = time.perf_counter()
         self.step()
         self.first = time.perf_counter() - start
@@ -85,7 +92,7 @@ class Run:
         rollout, key = self.step()
         found = watch.all() | {"cpu": time.process_time() - cpu}
         found["tokens"] = int(rollout.mask_BT.sum())
-        if self.rollouts_only:
+        if self.rollouts_only or told.get("memory"):
             return found
         generate, score, update = self.stages
         frozen, watch = self.made.frozen, contender.Watch()
@@ -118,4 +125,6 @@ class Run:
 if __name__ == "__main__":
     run = Run()
     line = {"name": "gopd_jax", "versions": {"jax": jax.__version__}, "first_step": run.first}
-    contender.serve(run, line | {"gflop": run.work()} | machine())
+    if not told.get("memory"):
+        line |= {"gflop": run.work()} | machine()
+    contender.serve(run, line)

@@ -1,14 +1,20 @@
 """Seconds, memory and shares of the machine's limits of a step, beside peers and its own variants.
 
     python -m benchmarks.speed --out=DIR [--only=GROUP ...] [--peer='NAME=COMMAND' ...] [--rounds=7]
+                               [--memory]
 
 Each contender is a process of its own (benchmarks/contender.py); those of a group are alive at the
 same time and make their steps in turn, so that a busy machine slows all of them alike, and figures
 are ratios of medians within a group. DIR/speed.json has every second that was measured, and
-DIR/speed.md the tables. A peer is a command that speaks the contenders' protocol; two are there:
+DIR/speed.md the tables. With --memory contenders run one after another, each with nothing but what
+a run needs, and DIR/memory.json and DIR/memory.md have the peaks of their resident sets, up to the
+second step and in the steps after it.
+
+A peer is a command that speaks the contenders' protocol; three are there:
 
     --peer='torch loop=python benchmarks/peer_torch.py'
     --peer='tunix=VENV/bin/python benchmarks/peer_tunix.py'    # pip install google-tunix==0.1.7
+    --peer='trl=VENV/bin/python benchmarks/peer_trl.py'        # pip install trl==1.16.0
 """
 
 import argparse
@@ -20,6 +26,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from rich.console import Console
@@ -78,6 +85,11 @@ GROUPS = {
     },
 }
 WITH_PEERS = ("tiny", "small")
+# {group: pieces of the batch} for --memory: more than above, for steps that take no longer.
+PIECES = {"tiny": 8, "small": 16}
+# The first run compiles and fills the cache that the next one starts with, as
+# `python -m gopd_jax.main` has one.
+OURS_IN_MEMORY = ("gopd_jax, first run", "gopd_jax")
 
 
 class Contender:
@@ -135,6 +147,55 @@ def race(group: str, peers: dict[str, list[str]], rounds: int, log, advance) -> 
     return {name: one.result() for name, one in running.items()}
 
 
+def peaks(group: str, peers: dict[str, list[str]], rounds: int, log, advance) -> dict[str, dict]:
+    """{contender: what it told, and its steps}, of contenders that run one after another."""
+    found = {}
+
+    def alone(name, command, work):
+        one = Contender(command, work, log)
+        try:
+            for _ in range(rounds):
+                one.step()
+        finally:
+            one.end()
+        found[name] = one.result()
+        advance(found)
+
+    with tempfile.TemporaryDirectory() as cache:
+        of_ours = {"memory": True, "cache": cache, "microbatches": PIECES[group]}
+        for name in OURS_IN_MEMORY:
+            alone(name, OURS, workload(group, **of_ours))
+    for name, command in peers.items():
+        alone(name, command, workload(group))
+    return found
+
+
+def whole_peak(result: dict) -> float:
+    """MiB of a process at most, from its start to its last step."""
+    return max([result["start_mib"], *(step["peak_mib"] for step in result["steps"])])
+
+
+def memory_table(group: str, results: dict[str, dict]) -> str:
+    """Each contender's peaks, and their ratio to the leanest peer's where there is one."""
+    from_start = {name: whole_peak(result) for name, result in results.items()}
+    in_steps = {name: max(s["peak_mib"] for s in r["steps"]) for name, r in results.items()}
+    lines = [
+        f"### {group}",
+        "",
+        "| | from the start, MiB | of the leanest peer's | in the steps, MiB",
+    ]
+    lines[-1] += " | of the leanest peer's |"
+    lines.append("|---" * 5 + "|")
+    for name in results:
+        cells = [name]
+        for found in (from_start, in_steps):
+            least = min((found[peer] for peer in found if peer not in OURS_IN_MEMORY), default=None)
+            cells.append(f"{found[name]:,.0f}")
+            cells.append("" if least is None else f"{found[name] / least:.2f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, ""])
+
+
 def median(result: dict, phase: str) -> float | None:
     seconds = [step[phase] for step in result["steps"] if phase in step]
     return statistics.median(seconds) if seconds else None
@@ -158,7 +219,7 @@ def table(group: str, results: dict[str, dict]) -> str:
         tokens, seconds = median(result, "tokens"), median(result, "step")
         cells.append("" if tokens is None else f"{tokens / seconds:,.0f}")
         cells.append(f"{seconds / median(first, 'step'):.2f}")
-        cells.append(f"{max(s['peak_mib'] for s in result['steps']):,.0f}")
+        cells.append(f"{whole_peak(result):,.0f}")
         lines.append("| " + " | ".join(cells) + " |")
     lines.append("")
     for name, result in results.items():
@@ -183,28 +244,44 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=list(GROUPS), default=list(GROUPS))
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=COMMAND")
     parser.add_argument("--rounds", type=int, default=7, help="steps of each contender")
+    parser.add_argument("--memory", action="store_true", help="peaks of memory, of tiny and small")
     options = parser.parse_args()
+    name, measure, show = "speed", race, table
+    if options.memory:
+        name, measure, show = "memory", peaks, memory_table
+        options.only = [group for group in options.only if group in WITH_PEERS]
     peers = dict(one.split("=", 1) for one in options.peer if "=" in one)
     if len(peers) != len(options.peer):
         parser.error(f"--peer takes NAME=COMMAND, each name once: {options.peer}")
     peers = {name: shlex.split(command) for name, command in peers.items()}
     options.out.mkdir(parents=True, exist_ok=True)
-    file = options.out / "speed.json"
+    file = options.out / f"{name}.json"
     found = json.loads(file.read_text()) if file.exists() else {}
+
+    def keep():
+        file.write_text(json.dumps(found, indent=1) + "\n")
+
+    def advance(so_far=None):
+        progress.advance(task)
+        if so_far is not None:
+            found[group] = so_far
+            keep()
+
     with (
         Progress(console=CONSOLE) as progress,
         (options.out / "stderr.log").open("a") as log,
     ):
-        task = progress.add_task("groups", total=len(options.only) * options.rounds)
+        turns = len(OURS_IN_MEMORY) + len(peers) if options.memory else options.rounds
+        task = progress.add_task("groups", total=len(options.only) * turns)
         for group in options.only:
             progress.update(task, description=group)
-            found[group] = race(group, peers, options.rounds, log, lambda: progress.advance(task))
-            file.write_text(json.dumps(found, indent=1) + "\n")
+            found[group] = measure(group, peers, options.rounds, log, advance)
+            keep()
     title = f"{os.cpu_count()} CPUs, {platform.machine()}, Python {platform.python_version()}; "
-    title += "seconds as median / least"
-    tables = [table(group, found[group]) for group in GROUPS if group in found]
+    title += "peaks of the resident set" if options.memory else "seconds as median / least"
+    tables = [show(group, found[group]) for group in GROUPS if group in found]
     text = "\n".join([title, "", *tables])
-    (options.out / "speed.md").write_text(text)
+    (options.out / f"{name}.md").write_text(text)
     print(text)
 
 
