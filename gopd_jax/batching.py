@@ -5,31 +5,40 @@ import jax.numpy as jnp
 import numpy as np
 
 from gopd_jax import sharding
-from gopd_jax.models.params import logical_axes
+from gopd_jax.models.ops import on_device, on_host
+from gopd_jax.models.params import logical_axes, table
 
 
-def resident(params, after=None):
+def resident(decoder, params, after=None):
     """params in device memory, brought there from host memory where that is where they lie.
 
+    Of a decoder by layer the stacks of matrices stay where they are: it brings in each layer's.
     after: what has to be computed before, so that no two models from the host are here at once.
     """
-    if not any(_on_host(x) for x in jax.tree.leaves(params)):
+    if not any(map(on_host, jax.tree.leaves(params))):
         return params
     params, _ = jax.lax.optimization_barrier((params, after))
-    return jax.tree.map(
-        lambda x: jax.device_put(x, jax.memory.Space.Device) if _on_host(x) else x, params
-    )
+    rows = {tuple(row.path.split("/")): row for row in table(decoder.cfg)}
 
+    def bring(path, x):
+        row = rows[tuple(key.key for key in path)]
+        # Norms and biases are small, and TPUs cannot copy one row of such a stack off the host.
+        stays = decoder.by_layer and row.stacked and len(row.groups) > 1
+        return x if stays else on_device(x, *row.axes)
 
-def _on_host(x) -> bool:
-    return jax.typeof(x).memory_space == jax.memory.Space.Host
+    return jax.tree_util.tree_map_with_path(bring, params)
 
 
 def decode_copy(mesh, decoder, params):
-    """The weights in decode layout and dtype, gathered once for a whole rollout."""
+    """The weights in decode layout and dtype, gathered once for a whole rollout.
+
+    Layers that are brought in one by one stay as they are, for each token anew.
+    """
     axes = sharding.shardings(mesh, logical_axes(decoder.cfg), sharding.DECODE)
 
     def gather(path, x, layout):
+        if on_host(x):
+            return x
         # Norms and routers act in float32; rounding them would part the sampler from the scorer.
         is_exact = any(name in jax.tree_util.keystr(path) for name in ("norm", "router"))
         x = x if is_exact else x.astype(decoder.dtype)
