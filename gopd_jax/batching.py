@@ -18,15 +18,22 @@ def resident(decoder, params, after=None):
     if not any(map(on_host, jax.tree.leaves(params))):
         return params
     params, _ = jax.lax.optimization_barrier((params, after))
-    rows = {tuple(row.path.split("/")): row for row in table(decoder.cfg)}
+    stay, rows = stacks_by_layer(decoder), {row.path: row for row in table(decoder.cfg)}
 
     def bring(path, x):
-        row = rows[tuple(key.key for key in path)]
-        # Norms and biases are small, and TPUs cannot copy one row of such a stack off the host.
-        stays = decoder.by_layer and row.stacked and len(row.groups) > 1
-        return x if stays else on_device(x, *row.axes)
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return x if name in stay else on_device(x, *rows[name].axes)
 
     return jax.tree_util.tree_map_with_path(bring, params)
+
+
+def stacks_by_layer(decoder) -> set[str]:
+    """Paths of the stacks of which a decoder by layer brings in one layer at a time: matrices.
+
+    Norms and biases are small, and TPUs cannot copy a row of such a stack out of host memory.
+    """
+    rows = table(decoder.cfg) if decoder.by_layer else ()
+    return {row.path for row in rows if row.stacked and len(row.groups) > 1}
 
 
 def decode_copy(mesh, decoder, params):

@@ -217,15 +217,19 @@ def _sample(recipe, decoder, params, prompts, key, view=None, greedy=False):
     return sampler.assemble(prompts, tokens_BC, mask_BC, logp_BC, rollout.ended_B)
 
 
+def judging_turns(recipe: Recipe, n_rows: int) -> int:
+    """Pieces in which n_rows rows are scored, no larger than the update's microbatches."""
+    microbatch = sum(recipe.group_rows) // recipe.pieces
+    local = n_rows // sharding.n_row_shards(recipe.mesh)
+    return next(n for n in range(-(-n_rows // microbatch), local + 1) if local % n == 0)
+
+
 def _judged(recipe, decoder, params, rollout, role: str, read):
     """read(...) of a frozen model, a microbatch of rows at a time as in the update.
 
     role: teacher or reference, whose view of the prompts it is shown.
     """
-    n_rows = rollout.tokens_BL.shape[0]
-    microbatch = sum(recipe.group_rows) // recipe.pieces
-    local = n_rows // sharding.n_row_shards(recipe.mesh)
-    n = next(n for n in range(-(-n_rows // microbatch), local + 1) if local % n == 0)
+    n = judging_turns(recipe, rollout.tokens_BL.shape[0])
 
     def one(rows):
         def judge(rows):
