@@ -111,16 +111,17 @@ def test_a_model_by_layer_is_judged_and_decoded_as_on_the_device(setting):
 
 
 def transfers(jaxpr, turns=1, loops=0):
-    """(shape, how often, in how many loops, what the copy goes to) of each copy off the host."""
+    """(shape, how often, in how many loops, the equation that takes it) of copies off the host."""
     users = {}
     for eqn in jaxpr.eqns:
         for x in eqn.invars:
-            users.setdefault(id(x), []).append(eqn.primitive.name)
+            users.setdefault(id(x), []).append(eqn)
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "device_put":
             for x, out in zip(eqn.invars, eqn.outvars):
                 if x.aval.memory_space == jax.memory.Space.Host:
-                    yield x.aval.shape, turns, loops, users.get(id(out), [])
+                    (user,) = users[id(out)]
+                    yield x.aval.shape, turns, loops, user
         scan = eqn.primitive.name == "scan"
         for value in jax.tree.leaves(
             list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "jaxpr")
@@ -156,9 +157,18 @@ def test_what_comes_in_keeps_its_shards(setting, first_step, layers):
     recipe, _, frozen, _ = setting((2, 2, 2))
     there = by_layer(recipe, frozen) if layers else (recipe, away(frozen))
     rollout = sharding.to_global(recipe.mesh, jax.device_get(first_step[0]))
-    found = of_score(*there, rollout)
-    assert found
-    assert all(users == ["sharding_constraint"] for *_, users in found)
+    found = set()
+    for shape, _, _, user in of_score(*there, rollout):
+        assert user.primitive.name == "sharding_constraint"
+        found.add((shape, user.params["sharding"].spec))
+    want = set()
+    for path, x in jax.tree_util.tree_leaves_with_path(frozen):
+        sliced = (
+            layers and any(key == jax.tree_util.DictKey("layers") for key in path) and x.ndim > 2
+        )
+        shape, spec = (x.shape[1:], x.sharding.spec[1:]) if sliced else (x.shape, x.sharding.spec)
+        want.add((shape, jax.P(*spec)))
+    assert found == want
 
 
 @pytest.mark.parametrize("placement", ["host", "host_layers"])
