@@ -12,7 +12,19 @@ import tiny
 from families import GEMMA3, MOE
 from test_step import KEY
 
-from gopd_jax import abstract, chips, phases, plan, preflight, sharding, step, streamed, train
+from gopd_jax import (
+    abstract,
+    batching,
+    chips,
+    collectives,
+    phases,
+    plan,
+    preflight,
+    sharding,
+    step,
+    streamed,
+    train,
+)
 from gopd_jax.chips import HOST_LINK, Chip, Topology
 from gopd_jax.config import Model
 from gopd_jax.flops import Work
@@ -309,6 +321,19 @@ def test_a_plan_lists_what_is_in_host_memory(root):
 
 # --- the TPU's compiler
 
+SLICES = (" dynamic-slice-start(", " dynamic-slice-done(")
+
+
+def products_between(lines):
+    """Products of a computation after the last start of a copy off the host, before its end."""
+    named = {x: [i for i, line in enumerate(lines) if x in line] for x in (" fusion(", *SLICES)}
+    starts, ends = (named[x] for x in SLICES)
+    starts = [i for i in starts if "S(5)" in lines[i]]
+    if not starts or not ends:
+        return 0
+    products = (i for i in named[" fusion("] if "kind=kOutput" in lines[i])
+    return sum(starts[-1] < i < ends[0] for i in products)
+
 
 @pytest.mark.tpu
 def test_a_tpu_holds_two_layers_and_copies_the_next_beside_the_work_of_one():
@@ -339,8 +364,6 @@ def test_a_tpu_holds_two_layers_and_copies_the_next_beside_the_work_of_one():
     valid = jax.ShapeDtypeStruct((8, 256), bool, sharding=rows)
 
     def hidden(decoder, params, tokens, valid):
-        from gopd_jax import batching
-
         return lm.hidden(decoder, batching.resident(decoder, params), tokens, valid)
 
     def compiled(decoder):
@@ -356,3 +379,7 @@ def test_a_tpu_holds_two_layers_and_copies_the_next_beside_the_work_of_one():
     saved = streamed.there(params) - streamed.at_once(decoder, params)
     fallen = whole.memory_analysis().temp_size_in_bytes - made.memory_analysis().temp_size_in_bytes
     assert fallen > 0.9 * saved
+    beside = [
+        products_between(lines) for lines in collectives.computations(made.as_text()).values()
+    ]
+    assert max(beside) >= 7
