@@ -1237,6 +1237,21 @@ MUTANTS = (
     *_of(
         "batching.py",
         (
+            "layers-come-in-whole",
+            "of a model by layer the whole stacks come to the device",
+            "rows = table(decoder.cfg) if decoder.by_layer else ()",
+            "rows = ()",
+            "test_by_layer.py"
+            "::test_no_stack_of_matrices_comes_in_whole_and_each_layer_once_a_microbatch",
+        ),
+        (
+            "gathered-on-the-hosts",
+            "what comes in from host memory does not keep its shards",
+            "on_device(x, *rows[name].axes)",
+            "on_device(x)",
+            "test_by_layer.py::test_what_comes_in_keeps_its_shards",
+        ),
+        (
             "rows-joined-in-another-order",
             "pieces are put one after the other where they were strided",
             "x.swapaxes(0, 1).reshape(x.shape[1] * n, *x.shape[2:])",
@@ -1394,15 +1409,15 @@ MUTANTS = (
         (
             "first-teacher-for-all",
             "every row is scored by the first teacher",
-            "resident(frozen.teachers[i], after)\n                decoder = recipe.teachers[i]\n",
-            "resident(frozen.teachers[0], after)\n                decoder = recipe.teachers[0]\n",
+            "                decoder = recipe.teachers[i]\n",
+            "                decoder, i = recipe.teachers[0], 0\n",
             "test_step.py::test_each_row_is_scored_by_its_own_teacher_and_by_the_reference",
         ),
         (
             "reference-of-the-first-teacher",
             "the reference's log-probs are the first teacher's",
-            "params = batching.resident(frozen.reference, before)",
-            "params = batching.resident(frozen.teachers[0], before)",
+            "params = batching.resident(recipe.reference, frozen.reference, before)",
+            "params = batching.resident(recipe.reference, frozen.teachers[0], before)",
             "test_step.py::test_each_row_is_scored_by_its_own_teacher_and_by_the_reference",
         ),
     ),

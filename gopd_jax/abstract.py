@@ -156,7 +156,7 @@ def _roles(c: settings.Config, mesh: Mesh, problems: list[str]) -> dict[str, Rol
             if adapts:
                 options = {name: getattr(c.lora, name) for name in ("rank", "alpha", "targets")}
                 cfg = dataclasses.replace(cfg, lora=Lora(**options))
-            decoder = decoder_of(c, mesh, cfg, model.dtype)
+            decoder = decoder_of(c, mesh, cfg, model)
             params = _params(cfg, mesh, stored, model.placement)
         except ValueError as error:
             cure = f": --config.{setting}.path=Qwen/Qwen3-4B" if str(error).endswith(GIVE) else ""
@@ -173,7 +173,7 @@ def _roles(c: settings.Config, mesh: Mesh, problems: list[str]) -> dict[str, Rol
 
 def _params(cfg: ModelConfig, mesh: Mesh, stored: str, placement: str) -> Params:
     where = sharding.shardings(mesh, lm_params.logical_axes(cfg))
-    if placement == "host":
+    if placement != "device":
         where = sharding.on_host(where)
 
     def one(path, shape, layout):

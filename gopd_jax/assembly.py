@@ -13,13 +13,14 @@ from gopd_jax.optimizer import make_optimizer
 from gopd_jax.recipe import Mixture, Recipe
 
 
-def decoder_of(c: settings.Config, mesh, cfg: ModelConfig, dtype: str) -> Decoder:
+def decoder_of(c: settings.Config, mesh, cfg: ModelConfig, model: settings.Model) -> Decoder:
     """A role's decoder, with the attention that batch.attention comes to on the mesh's devices.
 
     ValueError with the cure where one is named that cannot run this model there.
     """
-    name, _ = attention.choose(c.batch.attention, cfg, dtype, mesh.devices.flat[0])
-    return Decoder(cfg, dtype=dtype, attention=name)
+    name, _ = attention.choose(c.batch.attention, cfg, model.dtype, mesh.devices.flat[0])
+    by_layer = model.placement == "host_layers"
+    return Decoder(cfg, dtype=model.dtype, attention=name, by_layer=by_layer)
 
 
 def attention_told(c: settings.Config, mesh, roles) -> str:

@@ -6,30 +6,42 @@ import numpy as np
 
 from gopd_jax import sharding
 from gopd_jax.models import quantized
-from gopd_jax.models.params import logical_axes
+from gopd_jax.models.ops import on_device, on_host
+from gopd_jax.models.params import logical_axes, table
 
 
-def resident(params, after=None):
+def resident(decoder, params, after=None):
     """params in device memory, brought there from host memory where that is where they lie.
 
+    Of a decoder by layer the stacks of matrices stay where they are: it brings in each layer's.
     after: what has to be computed before, so that no two models from the host are here at once.
     """
-    if not any(_on_host(x) for x in jax.tree.leaves(params)):
+    if not any(map(on_host, jax.tree.leaves(params))):
         return params
     params, _ = jax.lax.optimization_barrier((params, after))
-    return jax.tree.map(
-        lambda x: jax.device_put(x, jax.memory.Space.Device) if _on_host(x) else x, params
-    )
+    stay, rows = stacks_by_layer(decoder), {row.path: row for row in table(decoder.cfg)}
+
+    def bring(path, x):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return x if name in stay else on_device(x, *rows[name].axes)
+
+    return jax.tree_util.tree_map_with_path(bring, params)
 
 
-def _on_host(x) -> bool:
-    return jax.typeof(x).memory_space == jax.memory.Space.Host
+def stacks_by_layer(decoder) -> set[str]:
+    """Paths of the stacks of which a decoder by layer brings in one layer at a time: matrices.
+
+    Norms and biases are small, and TPUs cannot copy a row of such a stack out of host memory.
+    """
+    rows = table(decoder.cfg) if decoder.by_layer else ()
+    return {row.path for row in rows if row.stacked and len(row.groups) > 1}
 
 
 def decode_copy(mesh, decoder, params, weights_dtype: str | None = None):
     """The weights in decode layout and dtype, gathered once for a whole rollout.
 
-    weights_dtype: of quantized.DTYPES, in which matrices are gathered and kept; None: the model's.
+    Layers that are brought in one by one stay as they are, for each token anew. weights_dtype: of
+    quantized.DTYPES, in which matrices are gathered and kept; None: the model's.
     """
     axes, train = (
         sharding.shardings(mesh, logical_axes(decoder.cfg), rules)
@@ -46,6 +58,8 @@ def decode_copy(mesh, decoder, params, weights_dtype: str | None = None):
             values = held(held(x.values, before), layout)
             scale = held(x.scale, sharding.narrowed(layout, x.scale.shape))
             return quantized.Quantized(values, scale)
+        if on_host(x):
+            return x
         # Norms and routers act in float32; rounding them would part the sampler from the scorer.
         is_exact = any(name in jax.tree_util.keystr(path) for name in ("norm", "router"))
         x = x if is_exact else x.astype(decoder.dtype)

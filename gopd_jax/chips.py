@@ -49,6 +49,9 @@ CHIPS = {
 }
 # A float32 product at precision "highest" is this many bfloat16 passes of a TPU's matrix units.
 FLOAT32_PASSES = 6
+# Bytes/s of a chip's link to its host (PCIe): an order of magnitude for all kinds, as assumed in
+# https://jax-ml.github.io/scaling-book/tpus. Chips that share a host's memory may get less.
+HOST_LINK = 15e9
 FORM = (
     "give KIND:SHAPE, such as v5e:4x4, v5p:4x4x4 or v6e:8x8, 2xv5e:4x4 for two slices of it; or "
     "cpu:8 to try it without libtpu"

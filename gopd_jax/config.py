@@ -25,7 +25,7 @@ class Model:
     template: str | None = None  # options of its chat template: "enable_thinking=False"
     context: str | None = None  # shown to it alone: solution, answer, context, module:function
     prompt_length: int | None = None  # tokens of the prompt as it reads it; None: data's
-    placement: str = "device"  # of a frozen model's weights: device, or host and streamed in
+    placement: str = "device"  # of a frozen model's weights: device, host, host_layers
     follows: float | None = None  # a teacher that is the student's moving average of this decay
     fingerprint: str | None = None  # first digits of its sha256 as preflight shows it, to insist on
 

@@ -27,7 +27,7 @@ def frozen_heads(recipe, frozen):
         return None
 
     def head(decoder, params):
-        return batching.resident(lm.head_params(decoder, params))
+        return batching.resident(decoder, lm.head_params(decoder, params))
 
     used = zip(recipe.teachers, frozen.teachers) if recipe.objective.teacher else ()
     teachers = tuple(head(decoder, params) for decoder, params in used)

@@ -14,8 +14,8 @@ from collections.abc import Iterable, Iterator
 
 import jax
 
-from gopd_jax import abstract, collectives, flops, sharding, step
-from gopd_jax.chips import FLOAT32_PASSES, GIB, Topology
+from gopd_jax import abstract, collectives, flops, sharding, step, streamed
+from gopd_jax.chips import FLOAT32_PASSES, GIB, HOST_LINK, Topology
 from gopd_jax.flops import Work
 from gopd_jax.models import lora, quantized
 from gopd_jax.models.cache import widths
@@ -33,6 +33,10 @@ ASSUMED = (
     "arguments once",
     "nothing for collectives, host work, evaluation and checkpoints",
     "templates of roles alike unless a setting says otherwise",
+)
+ASSUMED_OF_HOST = (
+    f"weights in host memory come in at {HOST_LINK / 1e9:.0f} GB/s a chip, whole models before "
+    "their work, single layers beside it and for each microbatch anew"
 )
 _UNIT = {"B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -52,13 +56,17 @@ class Program:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes of one device. beside: what the run holds there that the program does not take."""
+    """Bytes of one device. beside: what the run holds there that the program does not take.
+
+    host: what the run holds for the device in its host's memory.
+    """
 
     arguments: int
     temporaries: int
     output: int
     aliased: int
     beside: int
+    host: int = 0
 
     @property
     def peak(self) -> int:
@@ -179,6 +187,7 @@ def compiled(run: abstract.Run, program: Program, topology: Topology, *, mfu: fl
         output=told.output_size_in_bytes,
         aliased=told.alias_size_in_bytes,
         beside=max(0, bytes_of(program.held) - arguments),
+        host=streamed.there(program.held),
     )
     text = made.as_text()
     arrays = [f"{size / GIB:.2f} GiB {what}" for size, what in collectives.largest(text)]
@@ -219,9 +228,9 @@ def _refused(program: Program, work: Work, seconds: float, said: str) -> Compile
 def bytes_of(tree) -> int:
     """Bytes of one device's shards of abstract arrays, without those in host memory."""
     return sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        streamed.bytes_of(x)
         for x in jax.tree.leaves(tree)
-        if x.sharding.memory_kind != "pinned_host"
+        if x.sharding.memory_kind != streamed.HOST
     )
 
 
@@ -233,8 +242,8 @@ def roofline(
 ) -> dict[str, float]:
     """Seconds of a phase by what takes them: "decode: HBM", "generate: compute" and so on.
 
-    Of each part the slower of its two limits; {} where nothing is known of the chip. memory None:
-    of a phase that does not fit, whose compute alone is told. An estimate.
+    Of each part the slowest of its limits; {} where nothing is known of the chip. memory None: of a
+    phase that does not fit, whose compute and host link alone are told. An estimate.
     """
     chip = topology.chip
     if chip is None:
@@ -247,11 +256,21 @@ def roofline(
     found = {}
     if work.looped.total:
         turns, bytes_ = decode_reads(run)
-        _slower(found, "decode", computing(work.looped), turns * bytes_ / chip.bandwidth)
+        read = turns * bytes_ / chip.bandwidth
+        _slowest(found, "decode", {"compute": computing(work.looped), "HBM": read})
     touched = 0 if memory is None else memory.arguments + memory.output
     rest = "rest of the step" if name == "fused" else name
-    _slower(found, rest, computing(work - work.looped), touched / chip.bandwidth)
+    before, beside = (size / HOST_LINK for size in streamed.brought(run, name))
+    limits = {"compute": computing(work - work.looped), "HBM": touched / chip.bandwidth}
+    _slowest(found, rest, limits | {"host link": beside})
+    if before:  # nothing runs meanwhile
+        found[f"{rest}: host link"] = found.get(f"{rest}: host link", 0.0) + before
     return found
+
+
+def assumed(run: abstract.Run) -> tuple[str, ...]:
+    """What the estimate of this run rests on."""
+    return (*ASSUMED, ASSUMED_OF_HOST) if streamed.there(run.frozen) else ASSUMED
 
 
 def parts(found: Iterable[Compiled]) -> dict[str, float]:
@@ -262,8 +281,9 @@ def parts(found: Iterable[Compiled]) -> dict[str, float]:
     return {name: seconds for part in chosen for name, seconds in part.items()}
 
 
-def _slower(found: dict, part: str, compute: float, memory: float) -> None:
-    found[f"{part}: compute" if compute >= memory else f"{part}: HBM"] = max(compute, memory)
+def _slowest(found: dict, part: str, limits: dict[str, float]) -> None:
+    name = max(limits, key=limits.get)
+    found[f"{part}: {name}"] = limits[name]
 
 
 def decode_reads(run: abstract.Run) -> tuple[int, int]:

@@ -20,7 +20,7 @@ import jax
 from absl import app, flags
 from rich.console import Console
 
-from gopd_jax import abstract, chips, phases, search, space
+from gopd_jax import abstract, chips, phases, search, space, streamed
 from gopd_jax import config as settings
 from gopd_jax.chips import GIB, Topology
 from gopd_jax.main import CONFIG, parse, refuse
@@ -98,6 +98,9 @@ def changes(c: settings.Config, mesh) -> Iterator[tuple[str, settings.Config]]:
     if n_fsdp % 2 == 0:  # half of the heads to a device, and as few rows at one time
         axes = {"mesh.fsdp": n_fsdp // 2, "mesh.tensor": 2 * n_tensor}
         yield _changed(c, axes | {"batch.microbatches": 2 * pieces})
+    for placement in ("host", "host_layers"):
+        if away := streamed.moved(c, placement):
+            yield _changed(c, away)
     for factor in (2, 4):
         if prompts % factor == 0:
             fewer = {"batch.prompts": prompts // factor}
@@ -113,8 +116,11 @@ def changes(c: settings.Config, mesh) -> Iterator[tuple[str, settings.Config]]:
 def _changed(c: settings.Config, values: dict) -> tuple[str, settings.Config]:
     made = copy.deepcopy(c)
     for key, value in values.items():
-        section, name = key.split(".")
-        setattr(getattr(made, section), name, value)
+        *sections, name = key.split(".")
+        at = made
+        for section in sections:
+            at = at[section] if isinstance(at, dict) else getattr(at, section)
+        setattr(at, name, value)
     return " ".join(f"--config.{key}={value}" for key, value in values.items()), made
 
 
@@ -168,6 +174,8 @@ def report(this: Plan) -> str:
         shown = [f"{size / GIB:{width}.3f}" for size, width in zip(sizes, (9, 13, 8, 8, 8))]
         verdict = "" if chip is None else ("  fits" if one.fits(chip.usable) else "  does not fit")
         lines.append(f"{one.name:<17} {''.join(shown)}{verdict}")
+    if away := max((one.memory.host for one in this.found if one.memory is not None), default=0):
+        lines.append(f"in host memory{away / GIB:12.3f} beside these, for each device")
     lines += ["", "FLOPs of all devices; bytes that one device receives (HLO, a cross-check)"]
     for one in this.found:
         sent = ", ".join(f"{kind} {n / GIB:.3f} GiB" for kind, n in one.sent.items() if n > 2**20)
@@ -198,7 +206,7 @@ def _estimate(this: Plan) -> list[str]:
     )
     if large := [one.name for one in this.too_large]:
         lines.append(f"  as if {', '.join(large)} did fit")
-    return [*lines, *(f"  assumed: {text}" for text in phases.ASSUMED)]
+    return [*lines, *(f"  assumed: {text}" for text in phases.assumed(this.run))]
 
 
 def to_json(this: Plan, verdict: str, change: str | None) -> dict:
@@ -225,7 +233,7 @@ def to_json(this: Plan, verdict: str, change: str | None) -> dict:
         "usable_bytes": None if chip is None else chip.usable,
         "phases": rows,
         "estimated_seconds": phases.parts(this.found),
-        "assumed": list(phases.ASSUMED),
+        "assumed": list(phases.assumed(this.run)),
         "verdict": verdict,
         "change_that_fits": change,
         "config": settings.to_dict(this.config),

@@ -188,7 +188,7 @@ class Probe:
         }
 
         def largest(params, rollout, view):
-            params = batching.resident(params)
+            params = batching.resident(role.decoder, params)
             mass_BT = scoring.mass(role.decoder, params, rollout, others, view=view, **options)
             return mass_BT.max(1)
 

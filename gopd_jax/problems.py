@@ -15,7 +15,7 @@ from pathlib import Path
 from gopd_jax import hub, method
 
 DTYPES = ("float32", "bfloat16")
-PLACEMENTS = ("device", "host")
+PLACEMENTS = ("device", "host", "host_layers")
 EXPORTS = ("merged", "adapter")
 PREFLIGHTS = ("refuse", "warn", "off")
 SCHEDULES = ("constant", "cosine")
@@ -157,6 +157,7 @@ def _views(c) -> Iterator[str]:
             yield f"student.{key} is {value!r}; {why}"
     if c.student.placement != "device":
         yield f"student.placement is {c.student.placement!r}; only frozen models can lie elsewhere"
+    yield from _streamed(c)
     followers = {f"teachers.{n}": m for n, m in c.teachers.items() if m.follows is not None}
     for role, model in (("student", c.student), ("reference", c.reference)):
         if model is not None and model.follows is not None:
@@ -180,6 +181,24 @@ def _views(c) -> Iterator[str]:
         )
     if c.sampling.stop is not None and not c.sampling.stop:
         yield "sampling.stop is (); name the tokens that end a completion, or none for the model's"
+
+
+def _streamed(c) -> Iterator[str]:
+    """Whether a model of which a layer at a time is on the device has to write completions."""
+    by_layer = [r for r, m in method.roles(c).items() if m.placement == "host_layers"]
+    if not (teachers := [role for role in by_layer if role.startswith("teachers.")]):
+        return
+    what = f"{teachers} have placement = 'host_layers', and each token that they write would bring"
+    if c.objective.source == "teacher":
+        yield (
+            f"objective.source = 'teacher', {what} in every layer; give them placement = 'host', "
+            "or use source = 'student'"
+        )
+    if c.evaluation.teachers:
+        yield (
+            f"evaluation.teachers = True, {what} in every layer; leave it out, "
+            "--config.evaluation.teachers=False, or give them placement = 'host'"
+        )
 
 
 def _models(c) -> Iterator[str]:

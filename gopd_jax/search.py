@@ -177,7 +177,7 @@ def report(this: Search, topology: Topology) -> str:
 
 CURES = (
     "a larger slice, a smaller --config.batch.prompts or --config.sampling.completion_length, or "
-    "--config.teachers.NAME.placement=host"
+    "--config.teachers.NAME.placement=host, or host_layers"
 )
 
 

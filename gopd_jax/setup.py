@@ -174,7 +174,7 @@ def _load_roles(models: dict[str, settings.Model], mesh, c, problems) -> dict[st
             path=at.name,
             directory=at.directory,
             digest=digest,
-            decoder=_try(problems, decoder_of, c, mesh, cfg, model.dtype, says=f"{name}: "),
+            decoder=_try(problems, decoder_of, c, mesh, cfg, model, says=f"{name}: "),
             params=params if model.follows is None else None,
             reader=reader,
         )
@@ -225,7 +225,7 @@ def _load(name: str, model: settings.Model, at: hub.Located, dtype: str, mesh, c
     if problems:
         raise ValueError("; ".join(problems))
     where = sharding.shardings(mesh, axes)
-    if model.placement == "host":
+    if model.placement != "device":
         where = sharding.on_host(where)
     n_bytes = sum(4 * x.size for x in jax.tree.leaves(lm_params.abstract_params(cfg)))
     shown = jax.process_index() == 0 and n_bytes > SLOW_BYTES

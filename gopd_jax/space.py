@@ -5,12 +5,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
-import math
 
-import jax
 import numpy as np
 
-from gopd_jax import abstract, flops, phases, sharding
+from gopd_jax import abstract, flops, phases, sharding, streamed
 from gopd_jax import config as settings
 from gopd_jax.chips import Topology
 from gopd_jax.models import lora
@@ -171,7 +169,7 @@ def guess(run: abstract.Run, names: tuple[str, ...]) -> int:
         judges = zip((*made.teachers, made.reference), (*run.frozen.teachers, run.frozen.reference))
         for decoder, params in judges:
             if decoder is not None:
-                brought = 0 if params is None else _all_bytes(params) - phases.bytes_of(params)
+                brought = 0 if params is None else streamed.at_once(decoder, params)
                 extra.append(brought + FORWARD * _scores(made.mesh, decoder, rows, length))
     if {"update", "fused"} & {*names}:
         cfg = made.student.cfg
@@ -200,10 +198,3 @@ def _scores(mesh, decoder: Decoder, rows: int, length: int) -> int:
     """Attention's float32 scores of one layer, of these rows of a device."""
     heads = lora.base_config(decoder.cfg).num_attention_heads // mesh.devices.shape[2]
     return 4 * rows * heads * length**2
-
-
-def _all_bytes(params) -> int:
-    return sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-        for x in jax.tree.leaves(params)
-    )

@@ -35,8 +35,9 @@ def generate(recipe: Recipe, params: Params, frozen: Frozen, prompts: Prompts, k
     elif recipe.source == "teacher":
 
         def write(i, rows, after):
-            params = batching.resident(frozen.teachers[i], after)
-            return _sample(recipe, recipe.teachers[i], params, rows, key, view=rows.teacher)
+            decoder = recipe.teachers[i]
+            params = batching.resident(decoder, frozen.teachers[i], after)
+            return _sample(recipe, decoder, params, rows, key, view=rows.teacher)
 
         (routes,) = recipe.routes
         rollout = batching.by_teacher(write, prompts, **_groups(recipe, routes))
@@ -59,8 +60,8 @@ def score(recipe: Recipe, frozen: Frozen, rollout: Rollout) -> Scores:
         for routes in recipe.routes:
 
             def judge(i, rows, after):
-                params = batching.resident(frozen.teachers[i], after)
                 decoder = recipe.teachers[i]
+                params = batching.resident(decoder, frozen.teachers[i], after)
                 if whole:
                     hidden_BCD = _judged(recipe, decoder, params, rows, "teacher", _states)
                     missing = width - decoder.cfg.hidden_size
@@ -77,7 +78,7 @@ def score(recipe: Recipe, frozen: Frozen, rollout: Rollout) -> Scores:
                 found["teacher_entropy_BT"] = answers[0][1]
             found["teacher_BT"] = jnp.where(rollout.mask_BT, found["teacher_BT"], 0.0)
     if objective.reference:
-        params = batching.resident(frozen.reference, before)
+        params = batching.resident(recipe.reference, frozen.reference, before)
         read = _states if whole else _logps
         answer = _judged(recipe, recipe.reference, params, rollout, "reference", read)
         found |= {"ref_hidden": answer} if whole else {"ref_BT": answer[0]}
@@ -137,7 +138,7 @@ def sampling(recipe: Recipe, decoder: Decoder, *, greedy: bool = False) -> Calla
     rows, _ = _rows_and_whole(recipe)
 
     def sample(params, prompts, key):
-        params = batching.resident(params)
+        params = batching.resident(decoder, params)
         return _sample(recipe, decoder, params, prompts, key, greedy=greedy)
 
     return compiled(recipe, sample, rows)
@@ -148,7 +149,7 @@ def judging(recipe: Recipe, decoder: Decoder) -> Callable:
     rows, _ = _rows_and_whole(recipe)
 
     def judge(params, rollout, view):
-        params = batching.resident(params)
+        params = batching.resident(decoder, params)
         return scoring.score(decoder, params, rollout, view=view, **_head(recipe))
 
     return compiled(recipe, judge, rows)
@@ -223,15 +224,19 @@ def _sample(recipe, decoder, params, prompts, key, view=None, greedy=False, narr
     return sampler.assemble(prompts, tokens_BC, mask_BC, logp_BC, rollout.ended_B)
 
 
+def judging_turns(recipe: Recipe, n_rows: int) -> int:
+    """Pieces in which n_rows rows are scored, no larger than the update's microbatches."""
+    microbatch = sum(recipe.group_rows) // recipe.pieces
+    local = n_rows // sharding.n_row_shards(recipe.mesh)
+    return next(n for n in range(-(-n_rows // microbatch), local + 1) if local % n == 0)
+
+
 def _judged(recipe, decoder, params, rollout, role: str, read):
     """read(...) of a frozen model, a microbatch of rows at a time as in the update.
 
     role: teacher or reference, whose view of the prompts it is shown.
     """
-    n_rows = rollout.tokens_BL.shape[0]
-    microbatch = sum(recipe.group_rows) // recipe.pieces
-    local = n_rows // sharding.n_row_shards(recipe.mesh)
-    n = next(n for n in range(-(-n_rows // microbatch), local + 1) if local % n == 0)
+    n = judging_turns(recipe, rollout.tokens_BL.shape[0])
 
     def one(rows):
         def judge(rows):

@@ -25,6 +25,7 @@ LAYERS = (
     ("diagnose", "assembly"),
     ("setup",),
     ("probe", "preflight", "results", "advance", "abstract"),
+    ("streamed",),
     ("phases",),
     ("train", "space"),
     ("search",),

@@ -17,7 +17,7 @@ from flax import struct
 from gopd_jax.models import attention, moe, quantized
 from gopd_jax.models import cache as caching
 from gopd_jax.models.cache import Cache
-from gopd_jax.models.ops import attend, constrain, einsum, project, rms_norm
+from gopd_jax.models.ops import attend, constrain, einsum, on_device, project, rms_norm
 from gopd_jax.models.params import ModelConfig, Param, table
 from gopd_jax.models.rope import rope_of, rotate
 from gopd_jax.types import Array
@@ -124,20 +124,24 @@ class Block(nn.Module):
 
     def _weight(self, row: Param):
         cfg = self.cfg
-        return self.param(row.name, lambda key, s: row.initialize(key, cfg, s), row.shape(cfg)[1:])
+        own = self.param(row.name, lambda key, s: row.initialize(key, cfg, s), row.shape(cfg)[1:])
+        # Of a stack in host memory this layer's slice comes to the device, here inside the scan.
+        return on_device(own, *row.axes[1:])
 
 
 class Decoder(nn.Module):
     """The model as a static, hashable description; params travel beside it.
 
     dtype: of weights and activations in products. remat: what the backward pass computes again, one
-    of REMAT. attention: of whole rows, one of attention.NAMES.
+    of REMAT. attention: of whole rows, one of attention.NAMES. by_layer: its layers stay in host
+    memory, and each is brought to the device where it is used.
     """
 
     cfg: ModelConfig
     dtype: str = "float32"
     remat: str | None = None
     attention: str = "xla"
+    by_layer: bool = False
 
     @nn.compact
     def __call__(self, tokens_BL, positions_BL, valid_B1L, cache: Cache | None):

@@ -88,6 +88,21 @@ def einsum(equation, x, y, out_dtype=None):
     return jnp.einsum(equation, x, y, precision="highest", preferred_element_type=accumulate)
 
 
+def on_host(x) -> bool:
+    """Whether an array, or one that is traced, lies in host memory. Quantized ones do not."""
+    if isinstance(x, quantized.Quantized):
+        return False
+    return jax.typeof(x).memory_space == jax.memory.Space.Host
+
+
+def on_device(x, *names):
+    """x, copied to the device if it lies in host memory, of the same logical axes; inside a jit.
+
+    Without the names the partitioner may gather its shards before the copy, on the hosts.
+    """
+    return constrain(jax.device_put(x, jax.memory.Space.Device), *names) if on_host(x) else x
+
+
 def constrain(x, *names):
     """Sharding by logical names where rules and a mesh are set; nothing otherwise."""
     return nn.with_logical_constraint(x, names)

@@ -1,0 +1,100 @@
+"""Frozen models in host memory: what of them is there, on the device at one time, and on the way.
+
+Bytes of one device's shards. As `batching.resident` and the decoder have it: a model is brought in
+whole; by layer all but its stacks of matrices is, and of these one layer after another.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+
+from gopd_jax import abstract, batching, method, problems, sharding, step
+from gopd_jax import config as settings
+from gopd_jax.models import decoder as lm
+
+HOST = "pinned_host"
+
+
+def bytes_of(x) -> int:
+    """Bytes of one device's shard of an abstract array."""
+    return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+
+
+def there(tree) -> int:
+    """Bytes that lie in host memory."""
+    return sum(bytes_of(x) for x in jax.tree.leaves(tree) if x.sharding.memory_kind == HOST)
+
+
+def at_once(decoder, params) -> int:
+    """Bytes on the device while the model is at work: by layer, of its stacks two layers.
+
+    The next layer comes in beside the work of this one.
+    """
+    whole, stacks = _parts(decoder, params)
+    return whole + 2 * stacks // decoder.cfg.num_hidden_layers
+
+
+def brought(run: abstract.Run, name: str) -> tuple[int, int]:
+    """(before a model's work, beside it): bytes that a phase brings in, each as often as it does.
+
+    Layers come in anew for each microbatch, a whole model once.
+    """
+    made, frozen = run.recipe, run.frozen
+    before = beside = 0
+    if name in ("generate", "fused") and made.source == "teacher":
+        (routes,) = made.routes
+        before += sum(there(frozen.teachers[i]) for i in {*routes})
+    if name in ("score", "fused"):
+        for decoder, params, n_rows in _judges(run):
+            whole, stacks = _parts(decoder, params)
+            before += whole
+            beside += stacks * step.judging_turns(made, n_rows)
+    if name in ("update", "fused") and made.vocabulary:
+        used = [*zip(made.teachers, frozen.teachers)] if made.objective.teacher else []
+        used += [(made.reference, frozen.reference)] if made.objective.reference else []
+        before += sum(there(lm.head_params(*one)) for one in used if one[1] is not None)
+    return before, beside
+
+
+def moved(c: settings.Config, placement: str) -> dict:
+    """Settings under which the frozen models lie there, of those that lie nearer to the device."""
+    order = problems.PLACEMENTS
+    moved = {
+        f"{role}.placement": placement
+        for role, model in method.roles(c).items()
+        if role != "student" and model.follows is None
+        if order.index(model.placement) < order.index(placement)
+    }
+    if moved and placement == "host_layers" and c.evaluation.teachers:
+        moved["evaluation.teachers"] = False  # a model by layer is too slow a writer
+    return moved
+
+
+def _judges(run: abstract.Run):
+    """(decoder, params, rows) of each time that a frozen model scores."""
+    made, frozen = run.recipe, run.frozen
+    shards = sharding.n_row_shards(made.mesh)
+    if made.objective.teacher:
+        for routes in made.routes:
+            for i in sorted({*routes}):
+                rows = sum(n for j, n in zip(routes, made.group_rows) if i == j)
+                rows = -(-rows // shards) * shards
+                yield made.teachers[i], frozen.teachers[i], rows
+    if made.objective.reference:
+        yield made.reference, frozen.reference, sum(made.group_rows)
+
+
+def _parts(decoder, params) -> tuple[int, int]:
+    """(bytes that come in whole, bytes of the stacks that come in by layer)."""
+    whole = stacks = 0
+    by_layer = batching.stacks_by_layer(decoder)
+    for path, x in jax.tree_util.tree_leaves_with_path(params):
+        if x.sharding.memory_kind != HOST:
+            continue
+        if jax.tree_util.keystr(path, simple=True, separator="/") in by_layer:
+            stacks += bytes_of(x)
+        else:
+            whole += bytes_of(x)
+    return whole, stacks
