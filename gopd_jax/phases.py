@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 
 import jax
 
-from gopd_jax import abstract, collectives, flops, sharding, step
+from gopd_jax import abstract, collectives, flops, sharding, step, traffic
 from gopd_jax.chips import FLOAT32_PASSES, GIB, Topology
 from gopd_jax.flops import Work
 from gopd_jax.models import lora
@@ -70,7 +70,8 @@ class Compiled:
 
     seconds: of the compilation. work: FLOPs of the whole mesh. buffers: the largest arrays, of one
     device where it says no other. sent: bytes of collectives on one device, by kind, where they
-    were counted. estimate: seconds by what takes them.
+    were counted. loops: of rollouts, what a turn reads and writes. estimate: seconds by what takes
+    them.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Compiled:
     exhausted: str | None = None
     buffers: tuple[str, ...] = ()
     sent: dict[str, float] = dataclasses.field(default_factory=dict)
+    loops: tuple[traffic.Loop, ...] = ()
     estimate: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def fits(self, usable: int) -> bool:
@@ -187,6 +189,7 @@ def compiled(run: abstract.Run, program: Program, topology: Topology, *, mfu: fl
         memory=memory,
         buffers=tuple(arrays),
         sent=collectives.sent(text),
+        loops=tuple(traffic.loops(text)),
         estimate=roofline(run, program.name, work, memory, topology, mfu=mfu),
     )
 

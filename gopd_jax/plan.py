@@ -216,6 +216,7 @@ def to_json(this: Plan, verdict: str, change: str | None) -> dict:
             "buffers": list(one.buffers),
             "flops": {"narrow": one.work.narrow, "float32": one.work.float32},
             "collective_bytes_from_hlo": one.sent,
+            "loops_from_hlo": [dataclasses.asdict(loop) for loop in one.loops],
             "estimated_seconds": one.estimate,
         }
     return {

@@ -13,7 +13,7 @@ LAYERS = (
     ("objectives", "verifiers", "microworld"),
     (
         *("hub", "config", "problems", "method", "sharding", "microworld.preset"),
-        *("chips", "flops", "collectives"),
+        *("chips", "flops", "hlo", "collectives", "traffic"),
     ),
     ("models",),
     ("sampler", "scoring", "records", "reader", "data", "rows", "checkpoint"),
