@@ -490,3 +490,13 @@ def test_a_config_that_cannot_fit_a_tpu_is_told_so():
 def test_a_shape_that_no_tpu_has_is_refused():
     with pytest.raises(ValueError, match="libtpu has no topology v5e:3x3"):
         chips.topology("v5e:3x3")
+
+
+@pytest.mark.tpu
+@pytest.mark.usefixtures("needs_libtpu")
+@pytest.mark.parametrize("topology", ["v5e:4x4", "v6e:4x4"])
+def test_an_axis_may_part_a_ring_of_links_on_every_kind(topology):
+    devices = chips.topology(topology).devices
+    mesh = sharding.make_mesh(1, 8, 2, devices=devices)
+    assert mesh.devices.shape == (1, 8, 2)
+    assert {*mesh.devices.flat} == {*devices}
