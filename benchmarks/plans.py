@@ -2,6 +2,7 @@
 
     python -m benchmarks.plans                      # all; writes docs/plans.md and docs/plans.jsonl
     python -m benchmarks.plans --only="8b on v6e"   # some of them
+    python -m benchmarks.plans --phase fused        # the verdicts first
 
 Each phase is compiled by `python -m gopd_jax.plan` in a process of its own, one after another, so
 that one which crashes or is killed for its memory is told as such and the others go on. An answer
@@ -33,6 +34,7 @@ PRESETS = ("1.7b", "4b_moe", "8b")
 # The preset's mesh is for 64 chips; on 256, as many ways along the heads as all models divide.
 WIDE = ("--config.mesh.fsdp=32", "--config.mesh.tensor=8", "--config.batch.microbatches=32")
 WIDE_MOE = ("--config.mesh.fsdp=64", "--config.mesh.tensor=4", "--config.batch.microbatches=16")
+WHAT = (*PHASES, "change")
 SLICES = ("v5e:16x16", "v5p:4x4x4", "v6e:16x16")
 
 
@@ -142,12 +144,13 @@ class Record:
             out.write(f"{begun}{json.dumps(line)}\n")
 
 
-def wanted(cell: Cell, record: Record) -> Iterator[str]:
-    """Its phases that have no answer yet, and then a change, where the step does not fit."""
+def wanted(cell: Cell, record: Record, names=WHAT) -> Iterator[str]:
+    """Of names, the phases that have no answer yet, and then a change, where the step does not
+    fit."""
     for name in PHASES:
-        if not record.answered(cell, name):
+        if name in names and not record.answered(cell, name):
             yield name
-    fused = record.get(cell, "fused")
+    fused = record.get(cell, "fused") if "change" in names else None
     if fused is not None and fused["status"] == 1 and not record.answered(cell, "change"):
         yield "change"
 
@@ -265,6 +268,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "docs/plans.md")
     parser.add_argument("--record", type=Path, default=ROOT / "docs/plans.jsonl")
     parser.add_argument("--only", default="", help='part of a name such as "8b on v6e:16x16"')
+    parser.add_argument(
+        "--phase", nargs="+", choices=WHAT, default=WHAT, help="these alone; all unless given"
+    )
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds for one process")
     given = parser.parse_args()
     cells = [cell for cell in CELLS if given.only in cell.name]
@@ -274,7 +280,7 @@ def main() -> int:
         parser.error('the TPU compiler, libtpu, is not installed: pip install "jax[tpu]"')
     record, missing = Record(given.record), 0
     for i, cell in enumerate(cells):
-        for what in wanted(cell, record):
+        for what in wanted(cell, record, given.phase):
             print(f"{i + 1}/{len(cells)} {cell.name}: {what}", flush=True)
             line = answer(cell, what, given.limit)
             record.add(line)
