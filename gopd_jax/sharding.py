@@ -161,6 +161,11 @@ def n_row_shards(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+def n_parts(mesh: Mesh) -> tuple[int, int, int]:
+    """(replicas, parts of a replica's weights that meet for every use, parts that never do)."""
+    return mesh.shape["data"], mesh.shape["fsdp"], mesh.shape["tensor"]
+
+
 def require_rows(mesh: Mesh, n_rows: int) -> int:
     """Rows of each shard. ValueError where the rows do not divide over the mesh."""
     if n_rows % n_row_shards(mesh):

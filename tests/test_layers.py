@@ -25,7 +25,7 @@ LAYERS = (
     ("diagnose", "assembly"),
     ("setup",),
     ("probe", "preflight", "results", "advance", "abstract"),
-    ("phases",),
+    ("phases", "least"),
     ("train", "space"),
     ("search",),
     (
