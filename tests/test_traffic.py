@@ -88,6 +88,7 @@ HLO = """HloModule jit_f, is_scheduled=true
   %inner = STATE while(%state), condition=%three, body=%layers
   %c = bf16[3,24,128]{2,1,0:T(8,128)(2,1)} get-tuple-element(%p), index=3
   %x = bf16[3,1,128]{2,1,0:T(1,128)(2,1)S(1)} custom-call(), custom_call_target="AllocateBuffer"
+  %space = f32[2048]{0:T(1024)} custom-call(), custom_call_target="AllocateBuffer"
   %new = bf16[3,24,128]{2,1,0:T(8,128)(2,1)} fusion(%c, %x, %i), kind=kLoop, calls=%append
   %h = bf16[8,128]{1,0:T(8,128)(2,1)} get-tuple-element(%p), index=4
   %w = bf16[64,128]{1,0:T(8,128)(2,1)} get-tuple-element(%p), index=5
