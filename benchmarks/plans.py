@@ -162,7 +162,10 @@ HEAD = """# Plans of the published sizes
 Each preset of `configs/qwen3.py` with prompts of 2048 and completions of up to 16384 tokens, 1024
 rows a step, compiled for slices of TPUs on a CPU. **Nothing was run**: GiB are the compiler's own
 account of one device, seconds a roofline under the assumptions below, that leaves collectives out.
-Training runs `fused`. Made by `python -m benchmarks.plans`, which continues the record beside it
+Under *decode* is what a turn of the compiled loop reads and writes in HBM, over weights and the
+whole cache (over weights and what the cache holds on average); under *received* what a device gets
+from others in the step, over what the sharding asks for. Training runs `fused`. Made by
+`python -m benchmarks.plans`, which continues the record beside it
 ({versions}).
 """
 
@@ -175,8 +178,9 @@ def document(record: Record, cells=CELLS) -> str:
     versions = sorted({f"{k} {v}" for line in lines for k, v in line["versions"].items()})
     head = HEAD.format(versions=", ".join(versions) or "it is empty")
     rows = [
-        "| preset | slice | mesh | step, GiB a device | verdict | estimated step | most of it |",
-        "|---|---|---|---:|---|---:|---|",
+        "| preset | slice | mesh | step, GiB a device | verdict | estimated step | most of it | "
+        "decode | received |",
+        "|---|---|---|---:|---|---:|---|---|---|",
         *(_summary(cell, record) for cell in cells),
     ]
     parts = [part for cell in cells for part in _details(cell, record)]
@@ -186,21 +190,46 @@ def document(record: Record, cells=CELLS) -> str:
 
 
 def _summary(cell: Cell, record: Record) -> str:
+    start = f"| {cell.preset} | {cell.topology} |"
     fused = record.get(cell, "fused")
     if fused is None or fused["plan"] is None:
         said = "not compiled yet" if fused is None else f"no answer: {fused['said']}"
-        return f"| {cell.preset} | {cell.topology} | | | {said} | | |"
+        part = record.get(cell, "generate")
+        if part is None or part["plan"] is None:
+            return f"{start} | | {said} | | | | |"
+        # What the run holds beside is counted, so where it does not fit, no step will.
+        one, usable = part["plan"]["phases"]["generate"], part["plan"]["usable_bytes"]
+        verdict = f"{said}; its rollout {'fits' if one['fits'] else 'does not fit'}"
+        size = f"rollout {_size(one)} of {usable / GIB:.2f}"
+        return f"{start} {_mesh(part)} | {size} | {verdict} | | | {_decode(one)} | |"
     plan, one = fused["plan"], fused["plan"]["phases"]["fused"]
     verdict = "fits" if one["fits"] else "does not fit"
     if (change := record.get(cell, "change")) and not one["fits"]:
         found = change["plan"] and change["plan"]["change_that_fits"]
         verdict += f"; fits with `{found}`" if found else "; no single change that was tried does"
-    mesh = " × ".join(str(size) for size in plan["mesh"].values())
     seconds, most = _estimate(cell, record)
     return (
-        f"| {cell.preset} | {cell.topology} | {mesh} | {_size(one)} of "
-        f"{plan['usable_bytes'] / GIB:.2f} | {verdict} | {seconds} | {most} |"
+        f"{start} {_mesh(fused)} | {_size(one)} of {plan['usable_bytes'] / GIB:.2f} | {verdict} | "
+        f"{seconds} | {most} | {_decode(one)} | {_received(one)} |"
     )
+
+
+def _mesh(line: dict) -> str:
+    return " × ".join(str(size) for size in line["plan"]["mesh"].values())
+
+
+def _decode(one: dict) -> str:
+    """HBM of a turn of the loop, over weights and cache: whole, and as full as it is on average."""
+    if (it := one.get("decode")) is None:
+        return ""
+    whole, live = (it["moved"] / (it["weights"] + it[key]) for key in ("cache", "live"))
+    return f"{it['moved'] / GIB:.2f} GiB, {whole:.2f} × ({live:.2f} ×)"
+
+
+def _received(one: dict) -> str:
+    """What a device receives in the step, over the least."""
+    total, least = sum(one["collective_bytes_from_hlo"].values()), one.get("least_collective_bytes")
+    return f"{total / GIB:,.0f} GiB, {total / least:.2f} ×" if total and least else ""
 
 
 def _estimate(cell: Cell, record: Record) -> tuple[str, str]:
