@@ -84,18 +84,20 @@ def decode_told(run: abstract.Run, found: tuple[Compiled, ...]) -> list[str]:
         return []
     turns, size = phases.decode_reads(run)
     lines = [
-        f"{'decode':<17} has to read {size / GIB:.3f} GiB of HBM a device, weights and the whole "
-        f"cache, for each of {turns} turns of the loop"
+        f"{'decode':<17} in each of {turns} turns weights and the whole cache, "
+        f"{size / GIB:.3f} GiB of HBM a device"
     ]
     for one in found:
         if (it := decode(run, one.loops)) is not None:
-            parts = ", ".join(f"{n / GIB:.2f} {what}" for n, what in one.loops[0].parts[:3])
             to = f" ({it.least / GIB:.3f} at the least)" if it.least < 0.99 * it.moved else ""
             lines.append(
-                f"  {one.name:<15} {it.moved / GIB:.3f} GiB a turn read and written{to}, "
-                f"{it.of_all:.2f} times that, {it.of_live:.2f} times weights and what the cache "
-                f"holds on average; most: {parts}"
+                f"  {one.name:<15} reads and writes {it.moved / GIB:.3f} GiB a turn{to}, "
+                f"{it.of_all:.2f} times that; {it.of_live:.2f} times weights and what the cache "
+                "holds on average"
             )
+            most = one.loops[0].parts[:4]
+    if len(lines) > 1:
+        lines += [f"{'':<18}{n / GIB:.3f} GiB {what}" for n, what in most]
     return lines
 
 

@@ -148,4 +148,4 @@ def test_a_turn_of_decoding_moves_little_more_than_weights_and_cache(root, small
     # The weights are gathered once for the rollout, and for no turn of it.
     assert sum(one.sent.values()) < 1.05 * least.sent(this.run, "generate")
     told = plan.report(this)
-    assert f"{it.of_all:.2f} times that, {it.of_live:.2f} times weights and what the cache" in told
+    assert f"{it.of_all:.2f} times that; {it.of_live:.2f} times weights and what the cache" in told

@@ -59,7 +59,7 @@ HLO = """HloModule jit_f, is_scheduled=true
   %i = s32[]{:T(128)S(6)} get-tuple-element(%p), index=0
   %x = bf16[8,16]{1,0:T(8,128)(2,1)S(1)} get-tuple-element(%p), index=1
   %w = bf16[3,16,128]{2,1,0:T(8,128)(2,1)} get-tuple-element(%p), index=2
-  %dot.1 = (bf16[8,128]{1,0:T(8,128)(2,1)}, f32[8]{0:T(128)S(1)}) fusion(%x, %w, %i), calls=%dot, metadata={NAME}
+  %dot.1 = RESULTS fusion(%x, %w, %i), calls=%dot, metadata={NAME}
   %more = s32[]{:T(128)S(6)} add(%i, %one)
   ROOT %t = STATE tuple(%more, %x, %w)
 }
@@ -118,6 +118,7 @@ ENTRY %main (p: (s32[])) -> (s32[]) {
 """
 ARRAYS = "bf16[8,16]{1,0:T(8,128)(2,1)S(1)}, bf16[3,16,128]{2,1,0:T(8,128)(2,1)}"
 HLO = HLO.replace("STATE", f"(s32[]{{:T(128)S(6)}}, {ARRAYS})")
+HLO = HLO.replace("RESULTS", "(bf16[8,128]{1,0:T(8,128)(2,1)}, f32[8]{0:T(128)S(1)})")
 HLO = HLO.replace("NAME", 'op_name="jit(f)/while/body/layers/dot_general"')
 
 
