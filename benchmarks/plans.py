@@ -2,6 +2,7 @@
 
     python -m benchmarks.plans                      # all; writes docs/plans.md and docs/plans.jsonl
     python -m benchmarks.plans --only="8b on v6e"   # some of them
+    python -m benchmarks.plans --phase fused        # the verdicts first
 
 Each phase is compiled by `python -m gopd_jax.plan` in a process of its own, one after another, so
 that one which crashes or is killed for its memory is told as such and the others go on. An answer
@@ -33,6 +34,10 @@ PRESETS = ("1.7b", "4b_moe", "8b")
 # The preset's mesh is for 64 chips; on 256, as many ways along the heads as all models divide.
 WIDE = ("--config.mesh.fsdp=32", "--config.mesh.tensor=8", "--config.batch.microbatches=32")
 WIDE_MOE = ("--config.mesh.fsdp=64", "--config.mesh.tensor=4", "--config.batch.microbatches=16")
+WHAT = (*PHASES, "change")
+# On v6e:16x16 this preset's step takes 15.78 GiB, 0.03 more than a v5e has: the teacher's 61 GiB in
+# bfloat16 are 0.24 of them, and it works for the scores alone.
+OFFLOADED = ("--config.teachers.large.placement=host",)
 SLICES = ("v5e:16x16", "v5p:4x4x4", "v6e:16x16")
 
 
@@ -51,7 +56,9 @@ class Cell:
     def flags(self) -> tuple[str, ...]:
         if self.topology == "v5p:4x4x4":
             return ()
-        return WIDE_MOE if "moe" in self.preset else WIDE
+        if "moe" in self.preset:
+            return WIDE_MOE
+        return WIDE + OFFLOADED if (self.preset, self.topology) == ("8b", "v5e:16x16") else WIDE
 
 
 CELLS = tuple(Cell(preset, topology) for topology in SLICES for preset in PRESETS)
@@ -142,12 +149,13 @@ class Record:
             out.write(f"{begun}{json.dumps(line)}\n")
 
 
-def wanted(cell: Cell, record: Record) -> Iterator[str]:
-    """Its phases that have no answer yet, and then a change, where the step does not fit."""
+def wanted(cell: Cell, record: Record, names=WHAT) -> Iterator[str]:
+    """Of names, the phases that have no answer yet, and then a change, where the step does not
+    fit."""
     for name in PHASES:
-        if not record.answered(cell, name):
+        if name in names and not record.answered(cell, name):
             yield name
-    fused = record.get(cell, "fused")
+    fused = record.get(cell, "fused") if "change" in names else None
     if fused is not None and fused["status"] == 1 and not record.answered(cell, "change"):
         yield "change"
 
@@ -159,7 +167,10 @@ HEAD = """# Plans of the published sizes
 Each preset of `configs/qwen3.py` with prompts of 2048 and completions of up to 16384 tokens, 1024
 rows a step, compiled for slices of TPUs on a CPU. **Nothing was run**: GiB are the compiler's own
 account of one device, seconds a roofline under the assumptions below, that leaves collectives out.
-Training runs `fused`. Made by `python -m benchmarks.plans`, which continues the record beside it
+Under *decode* is what a turn of the compiled loop reads and writes in HBM, over weights and the
+whole cache (over weights and what the cache holds on average); under *received* what a device gets
+from others in the step, over what the sharding asks for. Training runs `fused`. Made by
+`python -m benchmarks.plans`, which continues the record beside it
 ({versions}).
 """
 
@@ -172,8 +183,9 @@ def document(record: Record, cells=CELLS) -> str:
     versions = sorted({f"{k} {v}" for line in lines for k, v in line["versions"].items()})
     head = HEAD.format(versions=", ".join(versions) or "it is empty")
     rows = [
-        "| preset | slice | mesh | step, GiB a device | verdict | estimated step | most of it |",
-        "|---|---|---|---:|---|---:|---|",
+        "| preset | slice | mesh | step, GiB a device | verdict | estimated step | most of it | "
+        "decode | received |",
+        "|---|---|---|---:|---|---:|---|---|---|",
         *(_summary(cell, record) for cell in cells),
     ]
     parts = [part for cell in cells for part in _details(cell, record)]
@@ -183,21 +195,50 @@ def document(record: Record, cells=CELLS) -> str:
 
 
 def _summary(cell: Cell, record: Record) -> str:
+    start = f"| {cell.preset} | {cell.topology} |"
     fused = record.get(cell, "fused")
     if fused is None or fused["plan"] is None:
         said = "not compiled yet" if fused is None else f"no answer: {fused['said']}"
-        return f"| {cell.preset} | {cell.topology} | | | {said} | | |"
+        part = record.get(cell, "generate")
+        if part is None or part["plan"] is None:
+            return f"{start} | | {said} | | | | |"
+        # What the run holds beside is counted, so where it does not fit, no step will.
+        one, usable = part["plan"]["phases"]["generate"], part["plan"]["usable_bytes"]
+        verdict = f"{said}; its rollout {'fits' if one['fits'] else 'does not fit'}"
+        size = f"rollout {_size(one)} of {usable / GIB:.2f}"
+        return f"{start} {_mesh(part)} | {size} | {verdict} | | | {_decode(one)} | |"
     plan, one = fused["plan"], fused["plan"]["phases"]["fused"]
     verdict = "fits" if one["fits"] else "does not fit"
     if (change := record.get(cell, "change")) and not one["fits"]:
         found = change["plan"] and change["plan"]["change_that_fits"]
         verdict += f"; fits with `{found}`" if found else "; no single change that was tried does"
-    mesh = " × ".join(str(size) for size in plan["mesh"].values())
     seconds, most = _estimate(cell, record)
+    parts = [record.get(cell, name) for name in ("fused", "generate")]
+    told = [
+        _decode(part["plan"]["phases"][part["what"]]) for part in parts if part and part["plan"]
+    ]
     return (
-        f"| {cell.preset} | {cell.topology} | {mesh} | {_size(one)} of "
-        f"{plan['usable_bytes'] / GIB:.2f} | {verdict} | {seconds} | {most} |"
+        f"{start} {_mesh(fused)} | {_size(one)} of {plan['usable_bytes'] / GIB:.2f} | {verdict} | "
+        f"{seconds} | {most} | {next(filter(None, told), '')} | {_received(one)} |"
     )
+
+
+def _mesh(line: dict) -> str:
+    return " × ".join(str(size) for size in line["plan"]["mesh"].values())
+
+
+def _decode(one: dict) -> str:
+    """HBM of a turn of the loop, over weights and cache: whole, and as full as it is on average."""
+    if (it := one.get("decode")) is None:
+        return ""
+    whole, live = (it["moved"] / (it["weights"] + it[key]) for key in ("cache", "live"))
+    return f"{it['moved'] / GIB:.2f} GiB, {whole:.2f} × ({live:.2f} ×)"
+
+
+def _received(one: dict) -> str:
+    """What a device receives in the step, over the least."""
+    total, least = sum(one["collective_bytes_from_hlo"].values()), one.get("least_collective_bytes")
+    return f"{total / GIB:,.0f} GiB, {total / least:.2f} ×" if total and least else ""
 
 
 def _estimate(cell: Cell, record: Record) -> tuple[str, str]:
@@ -265,6 +306,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "docs/plans.md")
     parser.add_argument("--record", type=Path, default=ROOT / "docs/plans.jsonl")
     parser.add_argument("--only", default="", help='part of a name such as "8b on v6e:16x16"')
+    parser.add_argument(
+        "--phase", nargs="+", choices=WHAT, default=WHAT, help="these alone; all unless given"
+    )
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds for one process")
     given = parser.parse_args()
     cells = [cell for cell in CELLS if given.only in cell.name]
@@ -274,7 +318,7 @@ def main() -> int:
         parser.error('the TPU compiler, libtpu, is not installed: pip install "jax[tpu]"')
     record, missing = Record(given.record), 0
     for i, cell in enumerate(cells):
-        for what in wanted(cell, record):
+        for what in wanted(cell, record, given.phase):
             print(f"{i + 1}/{len(cells)} {cell.name}: {what}", flush=True)
             line = answer(cell, what, given.limit)
             record.add(line)

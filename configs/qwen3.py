@@ -25,9 +25,9 @@ Those are names on the hub, which each host downloads into its cache. The paths 
         --config.workdir=DIR_ON_A_SHARED_FILE_SYSTEM
     python -m gopd_jax.main --config=configs/qwen3.py:tiny     # the microworld's models, two steps
 
-Mesh and microbatches are for 64 TPU v5p. Whether it fits these and others, from any CPU, and what
-would, with a name such as Qwen/Qwen3-4B for each path that is a placeholder (python -m
-benchmarks.plans compiles all of them):
+Mesh and microbatches are for 64 TPU v5p. docs/plans.md has what was compiled for these, 256 v5e and
+256 v6e (python -m benchmarks.plans goes on with it). Whether it fits these and others, and what
+would, from any CPU, with a name such as Qwen/Qwen3-4B for each path that is a placeholder:
 
     python -m gopd_jax.plan --config=configs/qwen3.py:1.7b --topology=v5p:4x4x4
     python -m gopd_jax.plan --config=configs/qwen3.py:4b_moe --topology=v5p:4x4x4

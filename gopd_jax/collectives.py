@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 import re
 
-BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2}
-BYTES |= {"f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8}
+from gopd_jax.hlo import BYTES, computations, turns
+
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _SENT = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\(")
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
@@ -29,36 +29,42 @@ NO_ARRAY = (
     "conditional",
 )
 NO_ARRAY += ("call", "optimization-barrier")
+_CHAINED = re.compile(r"channel_id=(\d+).*chain_id=")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 
 
 def sent(hlo: str) -> dict[str, float]:
     """Kind of collective -> bytes of its results on one device, loops counted as often as they
-    turn.
+    turn (`hlo.turns`).
 
-    A loop's turns are its known trip count, or the bound that its condition compares with.
+    Of a collective that goes on inside fusions with other work each fusion has a copy, of one
+    channel and in one chain: it is counted where that is least often, which is where it starts.
     """
     parts = computations(hlo)
-    done: dict[str, dict[str, float]] = {}
+    total = dict.fromkeys(KINDS, 0.0)
+    chained: dict[str, tuple[float, str]] = {}
 
-    def of(name: str) -> dict[str, float]:
-        if name in done:
-            return done[name]
-        done[name] = total = dict.fromkeys(KINDS, 0.0)
+    def walk(name: str, times: int) -> None:
         for line in parts.get(name, ()):
             if match := _SENT.search(line):
-                total[match[2]] += _result_bytes(match[1], bool(match[3]))
+                size = times * _result_bytes(match[1], bool(match[3]))
+                if channel := _CHAINED.search(line):
+                    found = chained.get(channel[1], (math.inf, ""))
+                    chained[channel[1]] = min(found, (size, match[2]))
+                else:
+                    total[match[2]] += size
             n = turns(line, parts) if " while(" in line else 1
             names = _CALL.findall(line)
             if branches := _BRANCHES.search(line):
                 names += re.findall(r"[\w.-]+", branches[1])
             for inner in names:
-                for kind, size in of(inner).items():
-                    total[kind] += n * size
-        return total
+                walk(inner, times * n)
 
-    entry = re.search(r"^ENTRY %?([\w.-]+)", hlo, re.MULTILINE)
-    return {} if entry is None else {kind: n for kind, n in of(entry[1]).items() if n}
+    if entry := re.search(r"^ENTRY %?([\w.-]+)", hlo, re.MULTILINE):
+        walk(entry[1], 1)
+    for size, kind in chained.values():
+        total[kind] += size
+    return {kind: n for kind, n in total.items() if n}
 
 
 def largest(hlo: str, n: int = 4) -> list[tuple[int, str]]:
@@ -79,29 +85,6 @@ def largest(hlo: str, n: int = 4) -> list[tuple[int, str]]:
                 shape = f"{kind}[{dims}]"
                 found.setdefault(shape, (int(_result_bytes(shape, False)), f"{shape} of {what}"))
     return sorted(found.values(), reverse=True)[:n]
-
-
-def computations(hlo: str) -> dict[str, list[str]]:
-    """Name of each computation -> its lines."""
-    found, lines = {}, []
-    for line in hlo.splitlines():
-        if match := re.match(r"(?:ENTRY )?%?([\w.-]+) \(.*\{$", line):
-            lines = found[match[1]] = []
-        elif line.startswith(" "):
-            lines.append(line)
-    return found
-
-
-def turns(line: str, parts: dict[str, list[str]]) -> int:
-    """Of a while: its known trip count, else the largest integer of its condition, else 1."""
-    if match := re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', line):
-        return int(match[1])
-    condition = re.search(r"condition=%?([\w.-]+)", line)
-    lines = list(parts.get(condition[1], ())) if condition else []
-    for inner in [name for one in lines for name in _CALL.findall(one)]:
-        lines += parts.get(inner, ())
-    bounds = [int(n) for one in lines for n in re.findall(r"s32\[\]\S* constant\((\d+)\)", one)]
-    return max(bounds, default=1)
 
 
 def _result_bytes(shape: str, started: bool) -> float:

@@ -62,6 +62,7 @@ def open_model(
     data: int | None = None,
     fsdp: int = 1,
     tensor: int = 1,
+    slices: int = 1,
     devices=None,
     template: str | None = None,
 ) -> Model:
@@ -70,14 +71,16 @@ def open_model(
     template: options of its chat template, "enable_thinking=False".
 
     data, fsdp, tensor: devices along each axis of the mesh over `devices` (None: all); data None
-    takes what the others leave. ValueError for a model, tokenizer and mesh that do not fit.
+    takes what the others leave. slices: TPU slices, the outermost parts of data. ValueError for a
+    model, tokenizer and mesh that do not fit.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; it is one of {list(DTYPES)}")
     sizes = {"mesh.data": data, "mesh.fsdp": fsdp, "mesh.tensor": tensor}
+    sizes["mesh.slices"] = slices
     if wrong := {name: size for name, size in sizes.items() if size is not None and size < 1}:
         raise ValueError(f"{wrong}: an axis has at least one device")
-    mesh = sharding.make_mesh(data, fsdp, tensor, devices=devices)
+    mesh = sharding.make_mesh(data, fsdp, tensor, slices=slices, devices=devices)
     path = hub.locate(path).directory
     cfg, chat = hf.load_config(path), tokenizers.load(path).with_options(template)
     problems = sharding.mesh_problems(
@@ -206,6 +209,7 @@ def define(*, temperature: str) -> flags.FlagValues:
     add(values, "mesh.data", None, "Replicas; unset, the devices that the others leave.", int)
     add(values, "mesh.fsdp", 1, "Shards of weights and rows.")
     add(values, "mesh.tensor", 1, "Shards of heads, MLP and vocabulary.")
+    add(values, "mesh.slices", 1, "TPU slices, outermost parts of mesh.data.")
     add(values, "help", False, "Show this.")
     return values
 
@@ -238,7 +242,7 @@ def run(values: flags.FlagValues, doc: str, work: Callable, argv: list[str]) -> 
         given = {name: values[name].value for name in values if name != "help"}
         if missing := [f"--{name}" for name in ("model", "data", "out") if not given[name]]:
             raise ValueError(f"{missing} have to be given; --help lists the flags")
-        mesh = {name: given.pop(f"mesh.{name}") for name in sharding.AXES}
+        mesh = {name: given.pop(f"mesh.{name}") for name in (*sharding.AXES, "slices")}
         cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", Path.home() / ".cache/gopd_jax/xla")
         jax.config.update("jax_compilation_cache_dir", str(cache))
         options = {name: given.pop(name) for name in ("dtype", "template")}

@@ -7,21 +7,16 @@ assumptions (`ASSUMED`); nothing is run.
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 import time
 from collections.abc import Iterable, Iterator
 
 import jax
 
-from gopd_jax import abstract, collectives, flops, sharding, step, streamed
+from gopd_jax import abstract, collectives, flops, reads, sharding, step, streamed, traffic
 from gopd_jax.chips import FLOAT32_PASSES, GIB, HOST_LINK, Topology
 from gopd_jax.flops import Work
-from gopd_jax.models import lora, quantized
-from gopd_jax.models.cache import widths
-from gopd_jax.models.decoder import Decoder
-from gopd_jax.models.params import abstract_params, logical_axes
-from gopd_jax.recipe import Recipe, following
+from gopd_jax.recipe import following
 
 PHASES = ("generate", "score", "update", "fused")
 ASSUMED = (
@@ -80,7 +75,8 @@ class Compiled:
 
     seconds: of the compilation. work: FLOPs of the whole mesh. buffers: the largest arrays, of one
     device where it says no other. sent: bytes of collectives on one device, by kind, where they
-    were counted. estimate: seconds by what takes them.
+    were counted. loops: of rollouts, what a turn reads and writes. estimate: seconds by what takes
+    them.
     """
 
     name: str
@@ -91,6 +87,7 @@ class Compiled:
     exhausted: str | None = None
     buffers: tuple[str, ...] = ()
     sent: dict[str, float] = dataclasses.field(default_factory=dict)
+    loops: tuple[traffic.Loop, ...] = ()
     estimate: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def fits(self, usable: int) -> bool:
@@ -198,6 +195,7 @@ def compiled(run: abstract.Run, program: Program, topology: Topology, *, mfu: fl
         memory=memory,
         buffers=tuple(arrays),
         sent=collectives.sent(text),
+        loops=tuple(traffic.loops(text)),
         estimate=roofline(run, program.name, work, memory, topology, mfu=mfu),
     )
 
@@ -255,7 +253,7 @@ def roofline(
 
     found = {}
     if work.looped.total:
-        turns, bytes_ = decode_reads(run)
+        turns, bytes_ = reads.decode_reads(run)
         read = turns * bytes_ / chip.bandwidth
         _slowest(found, "decode", {"compute": computing(work.looped), "HBM": read})
     touched = 0 if memory is None else memory.arguments + memory.output
@@ -284,72 +282,3 @@ def parts(found: Iterable[Compiled]) -> dict[str, float]:
 def _slowest(found: dict, part: str, limits: dict[str, float]) -> None:
     name = max(limits, key=limits.get)
     found[f"{part}: {name}"] = limits[name]
-
-
-def decode_reads(run: abstract.Run) -> tuple[int, int]:
-    """(turns of the loop where every row runs to its full length, bytes of HBM that one reads).
-
-    Weights in decode layout once, without an embedding that is only looked up in; of the cache as
-    many slots as the width that holds what is there, in the mean over the turns.
-    """
-    made, n_prompt = run.recipe, run.prompts.tokens_BP.shape[1]
-    length, total, turns = n_prompt + made.completion_length, 0, made.completion_length - 1
-    for decoder, n_rows, at_once in writers(run):
-        if at_once < n_rows:
-            turns = -(-n_rows * made.completion_length // at_once)
-        total += weights_read(made.mesh, decoder, sampling_dtype(made, "weights"))
-        sizes = widths(length, made.sampling_buckets)
-        filled = range(n_prompt, n_prompt + turns)
-        slots = sum(next((w for w in sizes if w >= n), length) for n in filled) / max(turns, 1)
-        whole = cache_bytes(made.mesh, decoder, at_once, length, sampling_dtype(made, "cache"))
-        total += round(whole * slots / length)
-    return turns, total
-
-
-def sampling_dtype(made: Recipe, what: str) -> str | None:
-    """The 8 bits in which the rollout keeps its weights or its cache; None: the decoder's dtype."""
-    if made.source != "student":
-        return None
-    return made.sampling_dtype if what == "weights" else made.cache_dtype
-
-
-def writers(run: abstract.Run) -> list[tuple[Decoder, int, int]]:
-    """(who writes completions, of how many rows, of how many at one time), one after another."""
-    made = run.recipe
-    rows = {made.student: sum(made.group_rows)}
-    if made.source == "teacher":
-        (routes,) = made.routes
-        of = {i: sum(n for j, n in zip(routes, made.group_rows) if i == j) for i in {*routes}}
-        return [(made.teachers[i], n, min(n, made.slots or n)) for i, n in of.items()]
-    return [(decoder, n, min(n, made.slots or n)) for decoder, n in rows.items()]
-
-
-def cache_bytes(mesh, decoder, n_rows: int, length: int, dtype: str | None = None) -> int:
-    """Keys and values of one device's rows and heads, of 8 bits with a float32 scale a token."""
-    cfg, shards = decoder.cfg, sharding.n_row_shards(mesh)
-    n_rows = -(-n_rows // shards) * shards
-    names = {"cache": (None, "batch", "kv_heads", None, None)}
-    layout = sharding.shardings(mesh, names, sharding.DECODE)["cache"]
-    shape = cfg.num_hidden_layers, n_rows, cfg.num_key_value_heads, length, cfg.head_dim
-    numbers = 2 * math.prod(layout.shard_shape(shape))
-    if dtype is None:
-        return numbers * jax.numpy.dtype(decoder.dtype).itemsize
-    return numbers + 4 * numbers // cfg.head_dim
-
-
-def weights_read(mesh, decoder, dtype: str | None = None) -> int:
-    """Bytes of one device's weights in decode layout, as a token reads them."""
-    cfg = lora.base_config(decoder.cfg)
-    shapes, axes = abstract_params(cfg), logical_axes(cfg)
-    if not cfg.tie_word_embeddings:
-        shapes, axes = ({k: x for k, x in tree.items() if k != "embed"} for tree in (shapes, axes))
-    layout = sharding.shardings(mesh, axes, sharding.DECODE)
-    if dtype is not None:
-        shapes = jax.eval_shape(lambda params: quantized.matrices(params, cfg, dtype), shapes)
-
-    def size(where, x):
-        if isinstance(x, quantized.Quantized):
-            return math.prod(where.shard_shape(x.values.shape)) + 4 * x.scale.size
-        return math.prod(where.shard_shape(x.shape)) * jax.numpy.dtype(decoder.dtype).itemsize
-
-    return sum(jax.tree.leaves(jax.tree.map(size, layout, shapes)))

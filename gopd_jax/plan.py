@@ -20,7 +20,7 @@ import jax
 from absl import app, flags
 from rich.console import Console
 
-from gopd_jax import abstract, chips, phases, search, space, streamed
+from gopd_jax import abstract, chips, least, phases, search, space, streamed
 from gopd_jax import config as settings
 from gopd_jax.chips import GIB, Topology
 from gopd_jax.main import CONFIG, parse, refuse
@@ -179,13 +179,9 @@ def report(this: Plan) -> str:
     lines += ["", "FLOPs of all devices; bytes that one device receives (HLO, a cross-check)"]
     for one in this.found:
         sent = ", ".join(f"{kind} {n / GIB:.3f} GiB" for kind, n in one.sent.items() if n > 2**20)
+        sent += least.sent_told(run, one)
         lines.append(f"{one.name:<17} {one.work.total / 1e12:10.3f} TFLOP  {sent}".rstrip())
-    if run.recipe.source != "data":
-        turns, size = phases.decode_reads(run)
-        lines.append(
-            f"{'decode':<17} reads {size / GIB:.3f} GiB of HBM a device for each of "
-            f"{turns} turns of the loop"
-        )
+    lines += least.decode_told(run, this.found)
     return "\n".join([*lines, *_estimate(this)])
 
 
@@ -224,6 +220,9 @@ def to_json(this: Plan, verdict: str, change: str | None) -> dict:
             "buffers": list(one.buffers),
             "flops": {"narrow": one.work.narrow, "float32": one.work.float32},
             "collective_bytes_from_hlo": one.sent,
+            "least_collective_bytes": least.sent(this.run, one.name),
+            "decode": (it := least.decode(this.run, one.loops)) and dataclasses.asdict(it),
+            "loops_from_hlo": [dataclasses.asdict(loop) for loop in one.loops],
             "estimated_seconds": one.estimate,
         }
     return {

@@ -8,7 +8,7 @@ import itertools
 
 import numpy as np
 
-from gopd_jax import abstract, flops, phases, sharding, streamed
+from gopd_jax import abstract, flops, phases, reads, sharding, streamed
 from gopd_jax import config as settings
 from gopd_jax.chips import Topology
 from gopd_jax.models import lora
@@ -146,7 +146,7 @@ def bound(run: abstract.Run, names: tuple[str, ...]) -> int:
     """
     extra = [0]
     if {"generate", "fused"} & {*names} and run.recipe.source != "data":
-        cache = max(_cache(run, decoder, rows) for decoder, _, rows in phases.writers(run))
+        cache = max(_cache(run, decoder, rows) for decoder, _, rows in reads.writers(run))
         extra.append(phases.bytes_of(run.prompts) + cache)
     if {"update", "fused"} & {*names}:
         extra.append(phases.bytes_of(abstract.state(run).params))
@@ -161,8 +161,8 @@ def guess(run: abstract.Run, names: tuple[str, ...]) -> int:
     width = run.prompts.tokens_BP.shape[1]
     length, extra = width + made.completion_length, [0]
     if {"generate", "fused"} & {*names} and made.source != "data":
-        for decoder, _, n_rows in phases.writers(run):
-            copied = phases.weights_read(made.mesh, decoder, phases.sampling_dtype(made, "weights"))
+        for decoder, _, n_rows in reads.writers(run):
+            copied = reads.weights_read(made.mesh, decoder, reads.sampling_dtype(made, "weights"))
             scores = FORWARD * _scores(made.mesh, decoder, -(-n_rows // shards), width)
             extra.append(_cache(run, decoder, n_rows) + copied + scores)
     if {"score", "fused"} & {*names}:
@@ -190,8 +190,8 @@ def _held(run: abstract.Run) -> int:
 
 def _cache(run: abstract.Run, decoder: Decoder, rows: int) -> int:
     length = run.prompts.tokens_BP.shape[1] + run.recipe.completion_length
-    dtype = phases.sampling_dtype(run.recipe, "cache")
-    return phases.cache_bytes(run.recipe.mesh, decoder, rows, length, dtype)
+    dtype = reads.sampling_dtype(run.recipe, "cache")
+    return reads.cache_bytes(run.recipe.mesh, decoder, rows, length, dtype)
 
 
 def _scores(mesh, decoder: Decoder, rows: int, length: int) -> int:

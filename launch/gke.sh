@@ -19,16 +19,9 @@
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+. "$here/common.sh"
 python=${PYTHON:-python}
 image= claim= restarts=50 per_host=4 queue=multislice-queue dry=
-
-usage() {
-  [[ $# -eq 0 ]] || echo "$0: $1" >&2
-  echo "usage: $0 [OPTIONS] NAME [Nx]KIND:SHAPE --" \
-    "--config=FILE --config.workdir=DIR [FLAGS...]" >&2
-  sed -n '/^#   --/s/^#  //p' "${BASH_SOURCE[0]}" >&2
-  exit 2
-}
 
 while [[ $# -gt 0 && $1 == --* && $1 != -- ]]; do
   case $1 in
@@ -51,10 +44,7 @@ shift 3
 # The name of a pod is NAME-slice-job-SLICE-HOST-xxxxx, which has to be a label.
 [[ $name =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] ||
   usage "$name is no name of a JobSet; take at most 40 of a-z, 0-9 and -"
-[[ $slice =~ ^(([1-9][0-9]*)x)?(v5e|v5p|v6e):([1-9][0-9x]*)$ ]] ||
-  usage "$slice is no slice; give v5e:4x4, v5p:4x4x4, v6e:8x8, or 2xv5e:4x4 for two of them"
-slices=${BASH_REMATCH[2]:-1} kind=${BASH_REMATCH[3]} topology=${BASH_REMATCH[4]}
-chips=$((${topology//x/*}))
+read_slice "$slice"
 ((per_host <= chips)) || per_host=$chips
 ((chips % per_host == 0)) ||
   usage "$slice has $chips chips, not a multiple of --chips-per-host=$per_host"
@@ -63,10 +53,7 @@ case $kind in
   v5p) accelerator=tpu-v5p-slice ;;
   v6e) accelerator=tpu-v6e-slice ;;
 esac
-workdir=
-for flag in "$@"; do
-  [[ $flag != --config.workdir=?* ]] || workdir=${flag#*=}
-done
+read_workdir "$@"
 [[ $workdir == /shared/?* ]] || usage "give --config.workdir=/shared/DIR, which outlives the pods"
 ((slices == 1)) || set -- "$@" "--config.mesh.slices=$slices"
 

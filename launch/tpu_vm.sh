@@ -21,15 +21,8 @@
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+. "$root/launch/common.sh"
 where=() extra=() runtime= setup= attempts=100 keep= dry= stopped=
-
-usage() {
-  [[ $# -eq 0 ]] || echo "$0: $1" >&2
-  echo "usage: $0 [OPTIONS] NAME [Nx]KIND:SHAPE --" \
-    "--config=FILE --config.workdir=DIR [FLAGS...]" >&2
-  sed -n '/^#   --/s/^#  //p' "${BASH_SOURCE[0]}" >&2
-  exit 2
-}
 
 while [[ $# -gt 0 && $1 == --* && $1 != -- ]]; do
   case $1 in
@@ -47,18 +40,14 @@ done
 [[ $# -ge 4 && $1 != -- && $3 == -- && $attempts =~ ^[0-9]+$ ]] || usage
 name=$1 slice=$2
 shift 3
-[[ $slice =~ ^(([1-9][0-9]*)x)?(v5e|v5p|v6e):([1-9][0-9x]*)$ ]] ||
-  usage "$slice is no slice; give v5e:4x4, v5p:4x4x4, v6e:8x8, or 2xv5e:4x4 for two of them"
-slices=${BASH_REMATCH[2]:-1} kind=${BASH_REMATCH[3]} chips=$((${BASH_REMATCH[4]//x/*}))
+read_slice "$slice"
 case $kind in
   v5e) type=v5litepod-$chips default=v2-alpha-tpuv5-lite ;;
   v5p) type=v5p-$((2 * chips)) default=v2-alpha-tpuv5 ;; # its name counts cores
   v6e) type=v6e-$chips default=v2-alpha-tpuv6e ;;
 esac
-flags=("$@") workdir=
-for flag in "${flags[@]}"; do
-  [[ $flag != --config.workdir=?* ]] || workdir=${flag#*=}
-done
+flags=("$@")
+read_workdir "${flags[@]}"
 [[ $workdir == /* ]] ||
   usage "give --config.workdir=/DIR, shared by the workers and kept without them"
 if ((slices > 1)); then

@@ -260,6 +260,60 @@ def test_a_loop_of_a_tpus_hlo_turns_as_often_as_its_condition_says():
     assert collectives.sent(told)["all-reduce"] == 3 * (2 + 3) * 4
 
 
+# A loop over shards, unrolled once: two turns in each, and the counter goes up by as many.
+UNROLLED = """HloModule jit_f
+
+%cond (p: (bf16[8,4], u32[])) -> pred[] {
+  %n = u32[]{:T(128)} constant(9)
+  %p = (bf16[8,4], u32[]) parameter(0)
+  %i = u32[] get-tuple-element(%p), index=1
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}
+
+%body (p: (bf16[8,4], u32[])) -> (bf16[8,4], u32[]) {
+  %two = u32[]{:T(128)} constant(2)
+  %p = (bf16[8,4], u32[]) parameter(0)
+  %x = bf16[8,4]{1,0} get-tuple-element(%p), index=0
+  %i = u32[] get-tuple-element(%p), index=1
+  %y = bf16[8,4]{1,0} collective-permute(%x), channel_id=1, source_target_pairs={{0,1},{1,0}}
+  %more = u32[] add(%i, %two)
+  ROOT %t = (bf16[8,4], u32[]) tuple(%y, %more)
+}
+
+%starts (x: bf16[8,4]) -> bf16[16,4] {
+  %x = bf16[8,4]{1,0} parameter(0)
+  ROOT %g = bf16[16,4]{1,0} all-gather(%x), channel_id=7, frontend_attributes={chain_id="0"}
+}
+
+%goes_on (x: bf16[8,4]) -> bf16[16,4] {
+  %x = bf16[8,4]{1,0} parameter(0)
+  ROOT %g = bf16[16,4]{1,0} all-gather(%x), channel_id=7, frontend_attributes={chain_id="0"}
+}
+
+ENTRY %main (x: bf16[8,4]) -> bf16[8,4] {
+  %a = bf16[16,4]{1,0} fusion(%x), kind=kCustom, calls=%starts
+  %w = (bf16[8,4]{1,0}, u32[]) while(%t), condition=%cond, body=%body
+  ROOT %b = bf16[16,4]{1,0} fusion(%a), kind=kCustom, calls=%goes_on
+}
+"""
+
+
+def test_an_unrolled_loop_turns_as_often_as_its_counter_takes_to_the_bound():
+    assert collectives.sent(UNROLLED)["collective-permute"] == 5 * 8 * 4 * 2  # 0, 2, 4, 6, 8 < 9
+    one = UNROLLED.replace("constant(2)", "constant(1)")
+    assert collectives.sent(one)["collective-permute"] == 9 * 8 * 4 * 2
+
+
+def test_a_gather_that_goes_on_inside_other_fusions_counts_once_where_it_starts():
+    assert collectives.sent(UNROLLED)["all-gather"] == 16 * 4 * 2
+    inside = UNROLLED.replace(
+        "  %more = u32[]", "  %b = bf16[16,4] fusion(%y), calls=%goes_on\n  %more = u32[]"
+    )
+    assert collectives.sent(inside)["all-gather"] == 16 * 4 * 2
+    apart = UNROLLED.replace(', frontend_attributes={chain_id="0"}', "")
+    assert collectives.sent(apart)["all-gather"] == 2 * 16 * 4 * 2
+
+
 def test_the_largest_arrays_are_of_one_device_and_not_those_inside_a_fusion():
     text = """HloModule jit_f
 

@@ -13,7 +13,7 @@ LAYERS = (
     ("objectives", "verifiers", "microworld"),
     (
         *("hub", "config", "problems", "method", "sharding", "microworld.preset"),
-        *("chips", "flops", "collectives", "memory"),
+        *("chips", "flops", "hlo", "collectives", "traffic", "memory"),
     ),
     ("models",),
     ("drawing", "sampler", "scoring", "records", "reader", "data", "rows", "checkpoint"),
@@ -25,8 +25,8 @@ LAYERS = (
     ("diagnose", "assembly"),
     ("setup",),
     ("probe", "preflight", "results", "advance", "abstract"),
-    ("streamed",),
-    ("phases",),
+    ("streamed", "reads"),
+    ("phases", "least"),
     ("train", "space"),
     ("search",),
     (

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny
 
-from gopd_jax import abstract, advance, assembly, chips, phases, plan, setup, sharding
+from gopd_jax import abstract, advance, assembly, chips, phases, plan, reads, setup, sharding
 from gopd_jax.chips import Chip, Topology
 from gopd_jax.config import Critic, Lora, Mesh, Model
 from gopd_jax.flops import Work
@@ -124,7 +124,7 @@ def test_slots_take_less_memory_and_as_many_products():
         config = preset("exopd")
         config.batch.prompts, config.sampling.slots = 32, slots
         this = plan.plan(config, CPU8, names=("generate",))
-        found[slots] = (this.found[0], *phases.decode_reads(this.run))
+        found[slots] = (this.found[0], *reads.decode_reads(this.run))
     (all_rows, turns, size), (slotted, more_turns, less) = found.values()
     assert slotted.work == all_rows.work
     assert slotted.memory.temporaries < all_rows.memory.temporaries
@@ -200,9 +200,9 @@ def test_the_planned_cache_is_the_samplers(make_model, make_mesh):
         lambda p, t, v: lm.prefill(decoder, p, t, v, length=11), shapes, *tokens
     )
     whole = sum(x.size * x.dtype.itemsize for x in (cache.k_NBKLE, cache.v_NBKLE))
-    assert phases.cache_bytes(make_mesh((1, 1, 1)), decoder, 8, 11) == whole
-    assert phases.cache_bytes(make_mesh((2, 2, 2)), decoder, 8, 11) == whole // 8
-    assert phases.cache_bytes(make_mesh((4, 2, 1)), decoder, 3, 11) == whole // 8  # filled up to 8
+    assert reads.cache_bytes(make_mesh((1, 1, 1)), decoder, 8, 11) == whole
+    assert reads.cache_bytes(make_mesh((2, 2, 2)), decoder, 8, 11) == whole // 8
+    assert reads.cache_bytes(make_mesh((4, 2, 1)), decoder, 3, 11) == whole // 8  # filled up to 8
 
 
 def test_the_changes_that_are_tried_are_single_and_the_first_that_fits_is_named(exopd, monkeypatch):
@@ -490,3 +490,13 @@ def test_a_config_that_cannot_fit_a_tpu_is_told_so():
 def test_a_shape_that_no_tpu_has_is_refused():
     with pytest.raises(ValueError, match="libtpu has no topology v5e:3x3"):
         chips.topology("v5e:3x3")
+
+
+@pytest.mark.tpu
+@pytest.mark.usefixtures("needs_libtpu")
+@pytest.mark.parametrize("topology", ["v5e:4x4", "v6e:4x4"])
+def test_an_axis_may_part_a_ring_of_links_on_every_kind(topology):
+    devices = chips.topology(topology).devices
+    mesh = sharding.make_mesh(1, 8, 2, devices=devices)
+    assert mesh.devices.shape == (1, 8, 2)
+    assert {*mesh.devices.flat} == {*devices}

@@ -29,6 +29,9 @@ def phase(peak=2**30, fits=True):
         "flops": {"narrow": 2e15, "float32": 1e15},
         "compile_seconds": 61.0,
         "buffers": ["0.50 GiB f32[1,4,8,8] of dot_general"],
+        "collective_bytes_from_hlo": {"all-gather": 3 * 2**30, "all-reduce": 2**30},
+        "least_collective_bytes": 2 * 2**30,
+        "decode": {"moved": 3 * 2**30, "weights": 2**30, "cache": 2**30, "live": 2**29},
         "estimated_seconds": {},
     }
 
@@ -138,9 +141,27 @@ def test_the_document_has_every_cell_and_the_stages_seconds(tmp_path):
     assert text.count("not compiled yet") == len(CELLS) - 1
     # 1024 rows of 100 tokens in the three stages' thirty seconds; the fused program's are the same
     assert "| 1 × 32 × 8 | 1.00 of 32.00 | fits | 30 s, 3,413 tokens/s |" in text
+    assert "| 3.00 GiB, 1.50 × (2.00 ×) | 4 GiB, 2.00 × |" in text
     assert "| update | 1.00 | 0.25 | 0.50 | fits | 3.0 | 61 s |" in text
     assert "- fused: 0.50 GiB f32[1,4,8,8] of dot_general" in text
     assert "- this and that" in text
+
+
+def test_a_rollout_that_was_compiled_alone_is_told_as_such(tmp_path):
+    record = Record(tmp_path / "plans.jsonl")
+    record.add(line("generate", written=plan_of("generate")))
+    text = plans.document(record)
+    assert "| rollout 1.00 of 32.00 | not compiled yet; its rollout fits |" in text
+    record.add(line("generate", status=1, written=plan_of("generate", fits=False)))
+    assert "its rollout does not fit" in plans.document(record)
+
+
+def test_phases_that_are_named_are_asked_for_alone(tmp_path):
+    record = Record(tmp_path / "plans.jsonl")
+    assert [*plans.wanted(CELL, record, ("fused", "generate"))] == ["generate", "fused"]
+    record.add(line("fused", status=1, written=plan_of("fused", fits=False)))
+    assert [*plans.wanted(CELL, record, ("fused",))] == []
+    assert [*plans.wanted(CELL, record, ("change",))] == ["change"]
 
 
 def test_the_flags_of_each_cell_make_a_mesh_of_its_slice_and_divide_the_rows():

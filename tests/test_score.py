@@ -117,9 +117,9 @@ def test_the_order_and_the_other_rows_change_nothing(model, data, want):
     same([row | {"index": int(i)} for row, i in zip(found, order)], [want[i] for i in order])
 
 
-@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 4, 2)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 2, 2, 2), (1, 4, 2, 1)], ids=str)
 def test_every_mesh_gives_the_same(root, data, want, shape):
-    axes = dict(zip(("data", "fsdp", "tensor"), shape))
+    axes = dict(zip(("data", "fsdp", "tensor", "slices"), shape))
     model = command.open_model(root / "base", **axes)
     same(score.score_rows(model, data, batch=8), want)
     with pytest.raises(ValueError, match=r"batch is 3 .* = 4 shards.*a multiple of 4"):
@@ -183,6 +183,8 @@ def test_the_command_says_where_its_rows_are(arguments, want, tmp_path, capsys):
         ({"temperature": "warm"}, "--temperature=warm"),
         ({"temperature": 0}, "temperature is 0.0"),
         ({"mesh.fsdp": 3}, "does not divide the 8 devices"),
+        ({"mesh.slices": 3}, "mesh.slices = 3 does not divide mesh.data = 8"),
+        ({"mesh.slices": 0}, "{'mesh.slices': 0}: an axis has at least one device"),
     ],
     ids=str,
 )
