@@ -38,14 +38,14 @@ def decode_copy(mesh, decoder, params):
     return jax.tree_util.tree_map_with_path(gather, params, axes)
 
 
-def by_teacher(function, rows, *, mesh, routes, group_rows):
+def by_teacher(function, rows, *, mesh, routes, group_rows, shards: int | None = None):
     """function(i, the rows of teacher i, the result before) for each, in the order of the rows.
 
     routes: each task's teacher; group_rows: each task's rows, which follow one another in `rows`.
-    A group that the row shards do not divide is filled up with its last row, so that shapes stay
-    static and even; what comes of those rows is dropped.
+    A group that the row shards (or that many `shards`) do not divide is filled up with its last
+    row, so that shapes stay static and even; what comes of those rows is dropped.
     """
-    shards = sharding.n_row_shards(mesh)
+    shards = sharding.n_row_shards(mesh) if shards is None else shards
     teacher_B = np.repeat(routes, group_rows)
     results, order = [], []
     for i in range(max(routes) + 1):

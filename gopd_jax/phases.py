@@ -293,7 +293,7 @@ def writers(run: abstract.Run) -> list[tuple[Decoder, int, int]]:
 
 def cache_bytes(mesh, decoder, n_rows: int, length: int) -> int:
     """Keys and values of one device's rows and heads."""
-    cfg, shards = decoder.cfg, sharding.n_row_shards(mesh)
+    cfg, shards = decoder.cfg, sharding.n_decode_shards(mesh)
     n_rows = -(-n_rows // shards) * shards
     names = {"cache": (None, "batch", "kv_heads", None, None)}
     layout = sharding.shardings(mesh, names, sharding.DECODE)["cache"]

@@ -99,27 +99,30 @@ def checked_mesh(c: settings.Config, *, devices=None, files: bool = True) -> jax
     files False: for a program that is only compiled, whatever there is on this machine.
     """
     problems = c.problems(files=files)
-    axes, slices = (c.mesh.data, c.mesh.fsdp, c.mesh.tensor), c.mesh.slices
-    sizes = (*axes[1:], axes[0] or 1, slices, c.batch.prompts, c.batch.rollouts)
+    axes = c.mesh.data, c.mesh.fsdp, c.mesh.tensor
+    more = {name: getattr(c.mesh, name) for name in ("expert", "sequence", "slices")}
+    sizes = (*axes[1:], axes[0] or 1, *more.values(), c.batch.prompts, c.batch.rollouts)
     if not all(isinstance(size, int) and size > 0 for size in sizes):
         _refuse(problems)  # which has them
-    mesh = _try(problems, sharding.make_mesh, *axes, slices=slices, devices=devices)
+    mesh = _try(problems, sharding.make_mesh, *axes, **more, devices=devices)
     rows = c.batch.prompts * c.batch.rollouts
     if mesh is not None:
         check = sharding.process_share if files else sharding.require_rows
         share = _try(problems, check, mesh, rows)
         shards, several = sharding.n_row_shards(mesh), c.batch.updates > 1
+        decoding = sharding.n_decode_shards(mesh)
         pieces = c.batch.updates * c.batch.microbatches
         keys = "batch.updates * batch.microbatches" if several else "batch.microbatches"
         if share and pieces > 0 and not rows % pieces and rows // pieces % shards:
             problems.append(
                 f"a microbatch of {rows} / {keys} = {rows} / {pieces} = {rows // pieces} rows does "
-                f"not divide over mesh.data * mesh.fsdp = {shards}; choose fewer {keys}"
+                f"not divide over {sharding.told_shards(mesh)} = {shards}; choose fewer {keys}"
             )
-        if (slots := c.sampling.slots) is not None and slots % shards:
+        if (slots := c.sampling.slots) is not None and slots % decoding:
+            over = sharding.told_shards(mesh, sharding.DECODE_ROWS)
             problems.append(
-                f"sampling.slots = {slots} does not divide over mesh.data * mesh.fsdp = {shards}; "
-                f"choose a multiple of {shards}"
+                f"sampling.slots = {slots} does not divide over {over} = {decoding}; "
+                f"choose a multiple of {decoding}"
             )
     _refuse(problems)
     return mesh

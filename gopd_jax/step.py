@@ -39,7 +39,8 @@ def generate(recipe: Recipe, params: Params, frozen: Frozen, prompts: Prompts, k
             return _sample(recipe, recipe.teachers[i], params, rows, key, view=rows.teacher)
 
         (routes,) = recipe.routes
-        rollout = batching.by_teacher(write, prompts, **_groups(recipe, routes))
+        of = _groups(recipe, routes) | {"shards": sharding.n_decode_shards(recipe.mesh)}
+        rollout = batching.by_teacher(write, prompts, **of)
     else:
         whole = lora.join(params, frozen.base)
         rollout = _sample(recipe, recipe.student, whole, prompts, key)
@@ -195,19 +196,20 @@ def _sample(recipe, decoder, params, prompts, key, view=None, greedy=False):
     seen = prompts
     if view is not None:
         seen = prompts.replace(tokens_BP=view.tokens_BP, valid_BP=view.valid_BP)
-    rollout = sampler.generate(
-        decoder,
-        batching.decode_copy(recipe.mesh, decoder, params),
-        seen,
-        key,
-        completion_length=recipe.completion_length,
-        temperature=recipe.temperature,
-        eos_ids=recipe.eos_ids,
-        n_vocab=recipe.n_vocab,
-        greedy=greedy,
-        slots=recipe.slots,
-        n_shards=sharding.n_row_shards(recipe.mesh),
-    )
+    with sharding.decoding():
+        rollout = sampler.generate(
+            decoder,
+            batching.decode_copy(recipe.mesh, decoder, params),
+            sharding.constrain_decode_rows(recipe.mesh, seen),
+            key,
+            completion_length=recipe.completion_length,
+            temperature=recipe.temperature,
+            eos_ids=recipe.eos_ids,
+            n_vocab=recipe.n_vocab,
+            greedy=greedy,
+            slots=recipe.slots,
+            n_shards=sharding.n_decode_shards(recipe.mesh),
+        )
     if view is None:
         return rollout
     n = rollout.n_prompt

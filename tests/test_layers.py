@@ -12,7 +12,7 @@ LAYERS = (
     ("spec", "types"),
     ("objectives", "verifiers", "microworld"),
     (
-        *("hub", "config", "problems", "method", "sharding", "microworld.preset"),
+        *("hub", "config", "problems", "method", "slices", "sharding", "microworld.preset"),
         *("chips", "flops", "collectives"),
     ),
     ("models",),

@@ -57,6 +57,8 @@ def test_slots_change_no_step(setting, one_device):
     [
         (2, 2, 2),
         (1, 2, 4),
+        (2, 1, 1, 1, 4),
+        (1, 2, 2, 2),
         pytest.param((8, 1, 1), marks=pytest.mark.slow),
         pytest.param((1, 8, 1), marks=pytest.mark.slow),
     ],
@@ -170,7 +172,7 @@ def test_the_step_is_traced_with_its_sharding_constraints(setting):
         for eqn in walk(run.trace(*args).jaxpr)
         if eqn.primitive.name == "sharding_constraint"
     }
-    rows = ("data", "fsdp")
+    rows, decoded = ("data", "fsdp", "expert"), ("data", "fsdp", "expert", "sequence")
     # The scorer's head, the sampler's head, attention heads, and whole rows.
-    wanted = {P(rows, None, "tensor"), P(rows, "tensor"), P(rows, None, "tensor", None), P(rows)}
+    wanted = {P(rows, None, "tensor"), P(decoded, "tensor"), P(rows, None, "tensor", None), P(rows)}
     assert wanted <= specs

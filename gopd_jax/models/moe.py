@@ -30,7 +30,9 @@ def routed_mlp(x_BLD, weight, cfg: ModelConfig):
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return _own_experts(x_BLD, weight["router"], *experts, cfg=cfg, axes=())
-    row_axes, expert_axes = (mesh_axes(name) for name in ("batch", "experts"))
+    expert_axes = mesh_axes("experts")
+    # Devices that hold other experts work for the same tokens.
+    row_axes = tuple(axis for axis in mesh_axes("batch") if axis not in expert_axes)
     n_rows = x_BLD.shape[0]
     # shard_map wants equal shares of rows; what is computed for the added ones is cut off again.
     missing = -n_rows % math.prod(mesh.shape[axis] for axis in row_axes)
