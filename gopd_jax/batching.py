@@ -6,6 +6,7 @@ import numpy as np
 
 from gopd_jax import sharding
 from gopd_jax.models.params import logical_axes
+from gopd_jax.scoring import state_width
 
 
 def resident(params, after=None):
@@ -124,10 +125,11 @@ def at_width(function, rows, mask_BT, sizes: tuple[int, ...]):
             return x[:, : before + 1 + size]
         if names[-1].endswith("_BT"):
             return x[:, : before + size]
-        return x[:, : size + 1] if any(name.endswith("hidden") for name in names) else x
+        return x[:, : state_width(size)] if any(name.endswith("hidden") for name in names) else x
 
     def fill(x, size):
         missing = length - size if x.ndim > 1 else 0
+        missing = state_width(length) - x.shape[1] if x.ndim > 2 else missing
         return jnp.pad(x, ((0, 0), (0, missing), *((0, 0),) * (x.ndim - 2))) if missing else x
 
     def narrowed(size):

@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 
 from gopd_jax import config as settings
-from gopd_jax import data, hub, method, metrics, sharding
+from gopd_jax import data, hub, method, metrics, processes, sharding
 from gopd_jax.assembly import decoder_of, recipe_of
 from gopd_jax.evaluate import held_out
 from gopd_jax.method import teachers_of
@@ -239,7 +239,7 @@ def _load(name: str, model: settings.Model, at: hub.Located, dtype: str, mesh, c
         dtype=dtype,
         progress=lambda work: metrics.bar(work, f"loading {name}", shown),
     )
-    return cfg, params, hf.weights_digest(at.directory, **sharding.shared_work()), chat
+    return cfg, params, hf.weights_digest(at.directory, **processes.shared_work()), chat
 
 
 def check_context(name: str, model: settings.Model, cfg: ModelConfig, c) -> None:

@@ -38,9 +38,8 @@ _SHARED = (
     ("experts", EXPERTS),
     ("vocab", "tensor"),
 )
-TRAIN = (("batch", ROWS), *_SHARED, ("embed", "fsdp"))
-DECODE = (("batch", DECODE_ROWS), *_SHARED, ("embed", None))
-_WITHIN_ROWS = (*_SHARED, ("batch", None), ("embed", None))
+TRAIN = (("batch", ROWS), ("length", "sequence"), *_SHARED, ("embed", "fsdp"))
+DECODE = (("batch", DECODE_ROWS), ("length", None), *_SHARED, ("embed", None))
 
 
 def make_mesh(
@@ -168,6 +167,8 @@ def mesh_problems(mesh: Mesh, abstract_params, logical_axes, *, role: str) -> li
     for (_, leaf), sharding, logical in zip(leaves, specs, names):
         for size, axis, name in zip(leaf.shape, sharding.spec, logical):
             axes = (axis,) if isinstance(axis, str) else axis or ()
+            if name == "heads":  # which attention hands around for positions
+                axes = ("sequence", *axes)
             of = _used({one: mesh.shape[one] for one in axes})
             if size % math.prod(of.values()):
                 found[name] = (
@@ -184,6 +185,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def by_rows(mesh: Mesh) -> NamedSharding:
     """Axis 0 over ROWS: every array of a batch, but while tokens are decoded."""
     return NamedSharding(mesh, P(ROWS))
+
+
+def by_positions(mesh: Mesh) -> NamedSharding:
+    """Axis 0 as `by_rows`, axis 1 over "sequence": hidden states, too large to be whole."""
+    return NamedSharding(mesh, P(ROWS, "sequence"))
 
 
 def n_row_shards(mesh: Mesh) -> int:
@@ -264,69 +270,56 @@ def whole(tree):
     return jax.tree.map(copy, tree)
 
 
-def shared_work() -> dict:
-    """Options for work that the processes divide: share (i, n) of this one, add over all of them.
+def over_shards(function, weights, positions, rows, *, apart: bool = True):
+    """function(weights, positions, rows), each shard of rows and of positions by itself; inside a
+    jit.
 
-    Every process has to take part.
-    """
-
-    def add(x):
-        return multihost_utils.process_allgather(x).reshape(-1, *x.shape).sum(0, dtype=x.dtype)
-
-    return {"share": (jax.process_index(), jax.process_count()), "add": add}
-
-
-def largest(n: int) -> jax.Array:
-    """The largest n of all processes, int32, on each of them; every process has to ask.
-
-    It is computed behind what the devices are at: reading it waits for that, asking does not.
-    """
-    everyone = Mesh(np.array(jax.devices()), ("everyone",))
-    n_D = jax.make_array_from_callback(
-        (jax.device_count(),),
-        NamedSharding(everyone, P("everyone")),
-        lambda _: np.full(1, n, np.int32),
-    )
-    return jax.jit(jnp.max, out_shardings=replicated(everyone))(n_D)
-
-
-def in_turn(tree):
-    """The tree, waited for where two programs must not be under way at the same time.
-
-    CPUs of several processes run what is dispatched in any order: two programs whose collectives
-    meet the other way round on another process would wait for each other for ever.
-    """
-    if jax.process_count() > 1 and jax.default_backend() == "cpu":
-        jax.block_until_ready(tree)
-    return tree
-
-
-def over_rows(function, weights, rows):
-    """function(weights, rows), each row shard by itself; inside a jit.
-
-    Weights are gathered along the row axes once, before, and their gradient is added over them
-    once, after, however often the function uses them; left to the partitioner, a loop inside would
-    do both in every turn. Other axes of the mesh stay the partitioner's. function keeps axis 0 of
-    rows and asks nothing of other rows.
+    positions: a tree of [B, C, ...]; rows: of [B, ...]; function gives a tree of [B, C] for what it
+    is given of them, and asks nothing of other rows (apart False: may ask for those of all shards)
+    or positions. Weights are gathered along these axes once, before, and their gradient is added
+    over them once, after, however often the function uses them; left to the partitioner, a loop
+    inside would do both in every turn. Other axes of the mesh stay the partitioner's.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or all(mesh.shape[axis] == 1 for axis in ROWS):
-        return function(weights, rows)
+    sizes = {} if mesh.empty else mesh.shape
+    n = sizes.get("sequence", 1)
+    axes = ROWS if apart and any(sizes.get(axis, 1) > 1 for axis in ROWS) else ()
+    of_rows = axes or None
+    rules = dict(TRAIN) | {"batch": None if axes else ROWS, "length": None, "embed": None}
+    if n > 1:
+        axes = (*axes, "sequence")
+    if not axes:
+        return function(weights, positions, rows)
 
-    def one(weights, rows):
+    def one(weights, positions, rows):
         # Marked as differing between shards, or each use's gradient would be added on its own.
-        weights = jax.tree.map(lambda x: jax.lax.pcast(x, ROWS, to="varying"), weights)
-        with nn.logical_axis_rules(_WITHIN_ROWS):
-            return function(weights, rows)
+        weights = jax.tree.map(lambda x: jax.lax.pcast(x, axes, to="varying"), weights)
+        with nn.logical_axis_rules((*rules.items(),)):
+            return function(weights, positions, rows)
 
-    specs = P(), P(ROWS)
-    mapped = jax.shard_map(one, in_specs=specs, out_specs=P(ROWS), axis_names={*ROWS})
-    return mapped(weights, rows)
+    here = P(of_rows) if n == 1 else P(of_rows, "sequence")
+    specs = P(), here, P(of_rows)
+    mapped = jax.shard_map(one, in_specs=specs, out_specs=here, axis_names={*axes})
+    if n == 1:
+        return mapped(weights, positions, rows)
+    length = jax.tree.leaves(positions)[0].shape[1]
+
+    def filled(x):  # shard_map wants equal shares of positions
+        return jnp.pad(x, ((0, 0), (0, -length % n), *((0, 0),) * (x.ndim - 2)))
+
+    found = mapped(weights, jax.tree.map(filled, positions), rows)
+    # A number a position is small: whole rows of them, for what sums along a row.
+    return constrain_rows(jax.tree.map(lambda x: x[:, :length], found))
 
 
 def constrain_rows(tree):
     """Inside a jit: hold every array of the tree to row sharding."""
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, P(ROWS)), tree)
+
+
+def constrain_positions(tree):
+    """Inside a jit: hold every array [B, L, ...] to sharding by rows and positions."""
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, P(ROWS, "sequence")), tree)
 
 
 def constrain_decode_rows(mesh: Mesh, tree):

@@ -187,7 +187,9 @@ def guess(run: abstract.Run, names: tuple[str, ...]) -> int:
         gradient = phases.bytes_of(abstract.state(run).params)
         n_vocab = cfg.vocab_size // sharding.parts(made.mesh, "vocab")
         logits = 2 * 4 * rows * min(made.head_chunk, made.completion_length) * n_vocab
-        extra.append(2 * gradient + cfg.num_hidden_layers * state + scores + logits)
+        positions = sharding.parts(made.mesh, "length")
+        activations = (cfg.num_hidden_layers * state + logits) // positions
+        extra.append(2 * gradient + activations + scores)
     return int(_held(run) + max(extra))
 
 
@@ -203,7 +205,8 @@ def _cache(run: abstract.Run, decoder: Decoder, rows: int) -> int:
 
 def _scores(mesh, decoder: Decoder, rows: int, length: int) -> int:
     """Attention's float32 scores of one layer, of these rows of a device."""
-    heads = lora.base_config(decoder.cfg).num_attention_heads // sharding.parts(mesh, "heads")
+    heads = lora.base_config(decoder.cfg).num_attention_heads
+    heads //= sharding.parts(mesh, "heads") * sharding.parts(mesh, "length")
     return 4 * rows * heads * length**2
 
 

@@ -5,6 +5,7 @@ compiled program with a donated state; `staged` compiles them apart, for when th
 between them (verifier rewards). Both run the same functions and give the same numbers.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -69,7 +70,8 @@ def score(recipe: Recipe, frozen: Frozen, rollout: Rollout) -> Scores:
                 return _judged(recipe, decoder, params, rows, "teacher", _logps)
 
             answer = batching.by_teacher(judge, rollout, **_groups(recipe, routes))
-            answers.append(before := sharding.constrain_rows(answer))
+            hold = sharding.constrain_positions if whole else sharding.constrain_rows
+            answers.append(before := hold(answer))
         if whole:
             found["teacher_hidden"] = tuple(answers)
         else:
@@ -123,7 +125,7 @@ def staged(recipe: Recipe) -> tuple[Callable, Callable, Callable]:
     rows, whole = _rows_and_whole(recipe)
     return (
         compiled(recipe, lambda *args: generate(recipe, *args), rows),
-        compiled(recipe, lambda *args: score(recipe, *args), rows),
+        compiled(recipe, lambda *args: score(recipe, *args), score_shardings(recipe.mesh)),
         compiled(
             recipe,
             lambda *args: update(recipe, *args),
@@ -131,6 +133,13 @@ def staged(recipe: Recipe) -> tuple[Callable, Callable, Callable]:
             donate=(0,),
         ),
     )
+
+
+def score_shardings(mesh) -> Scores:
+    """Where the scores lie between two stages."""
+    rows, positions = sharding.by_rows(mesh), sharding.by_positions(mesh)
+    found = {field.name: rows for field in dataclasses.fields(Scores)}
+    return Scores(**found | dict.fromkeys(("teacher_hidden", "ref_hidden"), positions))
 
 
 def sampling(recipe: Recipe, decoder: Decoder, *, greedy: bool = False) -> Callable:
