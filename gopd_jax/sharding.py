@@ -30,6 +30,8 @@ ROWS = ("data", "fsdp", "expert")
 # While tokens are decoded.
 DECODE_ROWS = (*ROWS, "sequence")
 EXPERTS = ("expert", "tensor")
+# Of parameters and what belongs to them: devices that share a row need no copies of their own.
+WEIGHTS = ("fsdp", "sequence")
 
 _SHARED = (
     ("heads", "tensor"),
@@ -38,7 +40,7 @@ _SHARED = (
     ("experts", EXPERTS),
     ("vocab", "tensor"),
 )
-TRAIN = (("batch", ROWS), ("length", "sequence"), *_SHARED, ("embed", "fsdp"))
+TRAIN = (("batch", ROWS), ("length", "sequence"), *_SHARED, ("embed", WEIGHTS))
 DECODE = (("batch", DECODE_ROWS), ("length", None), *_SHARED, ("embed", None))
 
 

@@ -81,8 +81,8 @@ def test_training_shards_the_width_and_decoding_does_not(make_mesh):
     mesh = make_mesh((2, 2, 2))
     axes = {"q": ("layers", "embed", "heads", "head_dim"), "embed": ("vocab", "embed")}
     train = sharding.shardings(mesh, axes)
-    assert train["q"].spec == P(None, "fsdp", "tensor", None)
-    assert train["embed"].spec == P("tensor", "fsdp")
+    assert train["q"].spec == P(None, sharding.WEIGHTS, "tensor", None)
+    assert train["embed"].spec == P("tensor", sharding.WEIGHTS)
     decode = sharding.shardings(mesh, axes, sharding.DECODE)
     assert decode["q"].spec == P(None, None, "tensor", None)
     assert decode["embed"].spec == P("tensor", None)
@@ -106,7 +106,7 @@ def test_every_matrix_of_a_model_is_spread_over_the_whole_mesh(make_model, make_
 
 def test_each_device_holds_some_of_the_experts_and_the_whole_choice(make_mesh):
     mesh, axes = make_mesh((2, 2, 2)), logical_axes(MOE)["layers"]
-    for rules, width in ((sharding.TRAIN, "fsdp"), (sharding.DECODE, None)):
+    for rules, width in ((sharding.TRAIN, sharding.WEIGHTS), (sharding.DECODE, None)):
         layers = sharding.shardings(mesh, axes, rules)
         assert layers["expert_up"].spec == P(None, ("expert", "tensor"), width, None)
         assert layers["expert_down"].spec == P(None, ("expert", "tensor"), None, width)
