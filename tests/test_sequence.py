@@ -70,7 +70,9 @@ CASES = {
     "exact, one teacher": {"objective": EXACT, "routes": ((1, 1),), "buckets": 2},
     "windows, recomputed": {"model": GEMMA3},
     "experts": {"model": MOE},
-    "adapters": {"model": dataclasses.replace(QWEN3, lora=Lora(2, 4.0, "(q|o|up)_proj"))},
+    "adapters": {
+        "model": dataclasses.replace(QWEN3, lora=Lora(rank=2, alpha=4.0, targets="(q|o|up)_proj"))
+    },
 }
 
 
@@ -139,7 +141,5 @@ def test_rows_and_heads_that_do_not_divide_are_refused(root):
     config = tiny.config(root, batch={"prompts": 4, "rollouts": 1}, mesh={"sequence": 8})
     with pytest.raises(ValueError, match=r"4 rows .* mesh.sequence = 1 \* 1 \* 8, over which"):
         setup.checked_mesh(config)
-    with pytest.raises(
-        ValueError, match=r"'heads', which mesh.sequence \* mesh.tensor = 8 \* 1"
-    ):
+    with pytest.raises(ValueError, match=r"'heads', which mesh.sequence \* mesh.tensor = 8 \* 1"):
         command.open_model(root / "base", sequence=8)
