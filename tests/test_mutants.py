@@ -20,6 +20,8 @@ STEP = (
     "batching",
     "sampler",
     "diagnose",
+    "sharding",
+    "models/attention",
 )
 
 

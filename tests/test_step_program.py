@@ -175,5 +175,10 @@ def test_the_step_is_traced_with_its_sharding_constraints(setting):
     }
     rows, decoded = ("data", "fsdp", "expert"), ("data", "fsdp", "expert", "sequence")
     # The scorer's head, the sampler's head, attention heads, and whole rows.
-    wanted = {P(rows, None, "tensor"), P(decoded, "tensor"), P(rows, "sequence", "tensor", None), P(rows)}
+    wanted = {
+        P(rows, None, "tensor"),
+        P(decoded, "tensor"),
+        P(rows, "sequence", "tensor", None),
+        P(rows),
+    }
     assert wanted <= specs
