@@ -1398,6 +1398,33 @@ MUTANTS = (
         ),
     ),
     *_of(
+        "models/attention.py",
+        (
+            "heads-of-the-first-device",
+            "a device that has some heads reads the keys and values of the first device's",
+            "first = jax.lax.axis_index(axis) * n_own",
+            "first = jax.lax.axis_index(axis)",
+            "test_sequence.py::test_a_devices_heads_may_read_parts_of_two_groups",
+        ),
+        (
+            "place-in-a-group-for-the-group",
+            "the number of a head in its group is taken for the group's",
+            "read = (first // group)[None]",
+            "read = (first % group)[None]",
+            "test_sequence.py::test_attention_swaps_positions_for_heads_and_back[4-2-xla]",
+        ),
+    ),
+    *_of(
+        "sharding.py",
+        (
+            "rows-to-decode-unchecked",
+            "rows are held against the devices of training, not against those that decode",
+            "if n_rows % n_decode_shards(mesh):",
+            "if n_rows % n_row_shards(mesh):",
+            "test_sequence.py::test_rows_and_heads_that_do_not_divide_are_refused",
+        ),
+    ),
+    *_of(
         "step.py",
         (
             "evaluated-in-8-bits",

@@ -9,7 +9,7 @@ import dataclasses
 import jax
 import numpy as np
 
-from gopd_jax import data, diagnose, method, metrics, recipe, sharding, step
+from gopd_jax import data, diagnose, method, metrics, processes, recipe, sharding, step
 from gopd_jax.evaluate import completions
 from gopd_jax.recipe import following
 from gopd_jax.setup import Run, views
@@ -101,7 +101,7 @@ class Stepper:
             return state
         frozen = following(self.run.frozen, state)
         pending = (
-            sharding.in_turn(
+            processes.in_turn(
                 self.generate(state.params, frozen, self._rows(self.make(i)), self._key(i))
             )
             for i in range(self.run.recipe.lag)
@@ -132,7 +132,7 @@ class Stepper:
             state, rollout, seen, watched = *self._in_stages(state, rows, key, records), False
         else:
             state, rollout, seen = self.fused(state, this.frozen, rows, key)
-        found |= sharding.in_turn(seen)
+        found |= processes.in_turn(seen)
         return state, Seen(metrics=found, rollout=rollout if watched else None, records=records)
 
     def row(self, seen: Seen) -> dict[str, float]:
@@ -176,13 +176,13 @@ class Stepper:
         of a later step. Those that are verified were then written a step ago or earlier.
         """
         frozen = following(self.run.frozen, state)
-        rollout = sharding.in_turn(self.generate(state.params, frozen, rows, key))
+        rollout = processes.in_turn(self.generate(state.params, frozen, rows, key))
         if self.run.recipe.lag:
             rollout, state = step.turn(state, rollout)
-        scores = sharding.in_turn(self.score(frozen, rollout))
+        scores = processes.in_turn(self.score(frozen, rollout))
         reward_B = self._rewards(rollout, records)
         scores = scores.replace(reward_B=sharding.to_global(self.run.mesh, reward_B))
-        state, seen = sharding.in_turn(self.update(state, rollout, scores, frozen))
+        state, seen = processes.in_turn(self.update(state, rollout, scores, frozen))
         return state, rollout, seen | self._told(reward_B)
 
     def _told(self, reward_B) -> dict[str, Mean]:

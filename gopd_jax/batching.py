@@ -8,6 +8,7 @@ from gopd_jax import sharding
 from gopd_jax.models import quantized
 from gopd_jax.models.ops import on_device, on_host
 from gopd_jax.models.params import logical_axes, table
+from gopd_jax.scoring import state_width
 
 
 def resident(decoder, params, after=None):
@@ -70,14 +71,14 @@ def decode_copy(mesh, decoder, params, weights_dtype: str | None = None):
     )
 
 
-def by_teacher(function, rows, *, mesh, routes, group_rows):
+def by_teacher(function, rows, *, mesh, routes, group_rows, shards: int | None = None):
     """function(i, the rows of teacher i, the result before) for each, in the order of the rows.
 
     routes: each task's teacher; group_rows: each task's rows, which follow one another in `rows`.
-    A group that the row shards do not divide is filled up with its last row, so that shapes stay
-    static and even; what comes of those rows is dropped.
+    A group that the row shards (or that many `shards`) do not divide is filled up with its last
+    row, so that shapes stay static and even; what comes of those rows is dropped.
     """
-    shards = sharding.n_row_shards(mesh)
+    shards = sharding.n_row_shards(mesh) if shards is None else shards
     teacher_B = np.repeat(routes, group_rows)
     results, order = [], []
     for i in range(max(routes) + 1):
@@ -151,10 +152,11 @@ def at_width(function, rows, mask_BT, sizes: tuple[int, ...]):
             return x[:, : before + 1 + size]
         if names[-1].endswith("_BT"):
             return x[:, : before + size]
-        return x[:, : size + 1] if any(name.endswith("hidden") for name in names) else x
+        return x[:, : state_width(size)] if any(name.endswith("hidden") for name in names) else x
 
     def fill(x, size):
         missing = length - size if x.ndim > 1 else 0
+        missing = state_width(length) - x.shape[1] if x.ndim > 2 else missing
         return jnp.pad(x, ((0, 0), (0, missing), *((0, 0),) * (x.ndim - 2))) if missing else x
 
     def narrowed(size):

@@ -62,6 +62,8 @@ def open_model(
     data: int | None = None,
     fsdp: int = 1,
     tensor: int = 1,
+    expert: int = 1,
+    sequence: int = 1,
     slices: int = 1,
     devices=None,
     template: str | None = None,
@@ -70,17 +72,19 @@ def open_model(
 
     template: options of its chat template, "enable_thinking=False".
 
-    data, fsdp, tensor: devices along each axis of the mesh over `devices` (None: all); data None
+    data, .., sequence: devices along each axis of the mesh over `devices` (None: all); data None
     takes what the others leave. slices: TPU slices, the outermost parts of data. ValueError for a
     model, tokenizer and mesh that do not fit.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; it is one of {list(DTYPES)}")
+    more = {"expert": expert, "sequence": sequence}
     sizes = {"mesh.data": data, "mesh.fsdp": fsdp, "mesh.tensor": tensor}
-    sizes["mesh.slices"] = slices
+    more |= {"slices": slices}
+    sizes |= {f"mesh.{axis}": size for axis, size in more.items()}
     if wrong := {name: size for name, size in sizes.items() if size is not None and size < 1}:
         raise ValueError(f"{wrong}: an axis has at least one device")
-    mesh = sharding.make_mesh(data, fsdp, tensor, slices=slices, devices=devices)
+    mesh = sharding.make_mesh(data, fsdp, tensor, **more, devices=devices)
     path = hub.locate(path).directory
     cfg, chat = hf.load_config(path), tokenizers.load(path).with_options(template)
     problems = sharding.mesh_problems(
@@ -93,11 +97,12 @@ def open_model(
 
 
 def check_batch(batch: int, mesh: Mesh) -> None:
-    """ValueError unless a batch's rows divide over the mesh."""
-    shards = sharding.n_row_shards(mesh)
+    """ValueError unless a batch's rows divide over the mesh, to be scored or to be decoded."""
+    shards = sharding.n_decode_shards(mesh)
     if batch < 1 or batch % shards:
+        over = sharding.told_shards(mesh, sharding.DECODE_ROWS)
         raise ValueError(
-            f"batch is {batch} rows, and the mesh has mesh.data * mesh.fsdp = {shards} shards of "
+            f"batch is {batch} rows, and the mesh has {over} = {shards} shards of "
             f"rows; make it a multiple of {shards}"
         )
 
@@ -208,6 +213,8 @@ def define(*, temperature: str) -> flags.FlagValues:
     add(values, "batch", 16, "Rows at a time; a multiple of mesh.data * mesh.fsdp.")
     add(values, "mesh.data", None, "Replicas; unset, the devices that the others leave.", int)
     add(values, "mesh.fsdp", 1, "Shards of weights and rows.")
+    add(values, "mesh.expert", 1, "Shards of experts beside those of tensor, and rows.")
+    add(values, "mesh.sequence", 1, "Shards of positions; of rows while tokens are decoded.")
     add(values, "mesh.tensor", 1, "Shards of heads, MLP and vocabulary.")
     add(values, "mesh.slices", 1, "TPU slices, outermost parts of mesh.data.")
     add(values, "help", False, "Show this.")

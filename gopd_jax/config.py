@@ -152,6 +152,8 @@ class Mesh:
 
     data: int | None = None  # replicas; None takes the devices that the other axes leave
     fsdp: int = 1  # shards of parameters and optimizer state, and rows
+    expert: int = 1  # shards of experts beside those of tensor, and rows
+    sequence: int = 1  # shards of a row's positions, and of parameters; of rows while decoding
     tensor: int = 1  # shards of heads, MLP and vocabulary
     slices: int = 1  # TPU slices that the replicas are spread over; data counts over all of them
 

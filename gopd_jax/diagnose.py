@@ -89,7 +89,7 @@ def probing(recipe: Recipe, *, n_rows: int, rollouts: int, top_k: int, options: 
 
 def _some(recipe: Recipe, n_rows: int, rollouts: int):
     """(index of the probe's rows, how many of each task): of each its first."""
-    part = math.lcm(sharding.n_row_shards(recipe.mesh), rollouts)
+    part = math.lcm(sharding.n_decode_shards(recipe.mesh), rollouts)
     wanted = -(-max(n_rows // len(recipe.group_rows), 1) // part) * part
     if wanted > min(recipe.group_rows):  # tasks of fewer rows than that: all of the batch
         wanted = max(recipe.group_rows)

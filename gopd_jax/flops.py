@@ -123,7 +123,7 @@ def _shares(params: dict) -> dict[int, int]:
     for var, spec in zip(params["jaxpr"].invars, params["in_specs"]):
         if len(var.aval.shape) == 3 and len(spec) and spec[0] is not None:
             axes = spec[0] if isinstance(spec[0], tuple) else (spec[0],)
-            if axes := {*axes} - {*sharding.ROWS}:
+            if {*axes} <= {*sharding.EXPERTS}:
                 found[var.aval.shape[0]] = math.prod(params["mesh"].shape[axis] for axis in axes)
     return found
 

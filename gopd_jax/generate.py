@@ -118,7 +118,7 @@ def _generated(
 ) -> Iterator[tuple[list[dict], int, int]]:
     """As rows.in_order gives them, from number `start` on, and the tokens sampled in each."""
     lengths = [len(row.prompt_ids) for row in found for _ in range(n)]
-    shards = sharding.n_row_shards(model.mesh)
+    shards = sharding.n_decode_shards(model.mesh)
     planned = rows.batches(lengths, lengths, n_rows=batch, multiple=shards)
     sample = _program(model, temperature, top_p, max_tokens, seed)
     n_tokens = 0
@@ -164,7 +164,7 @@ def _program(model: command.Model, temperature, top_p, max_tokens, seed) -> Call
         rollout = sampler.generate(
             model.decoder,
             batching.decode_copy(model.mesh, model.decoder, params),
-            prompts,
+            sharding.constrain_decode_rows(model.mesh, prompts),
             key,
             completion_length=max_tokens,
             temperature=1.0 if greedy else temperature,
@@ -176,7 +176,7 @@ def _program(model: command.Model, temperature, top_p, max_tokens, seed) -> Call
         return sharding.constrain_rows(rollout)
 
     def run(prompts):
-        with sharding.use(model.mesh):
+        with sharding.use(model.mesh, sharding.DECODE):
             return sharding.gather(compiled(model.params, prompts, jax.random.key(seed)))
 
     return run

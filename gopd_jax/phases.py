@@ -128,7 +128,11 @@ def programs(run: abstract.Run, names: tuple[str, ...]) -> Iterator[Program]:
     loaded = [*whole.values()]
 
     def laid(tree):
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), tree)
+        def one(x):  # of all that is handed on, states of positions alone have a third axis
+            where = sharding.by_positions(made.mesh) if x.ndim > 2 else rows
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+        return jax.tree.map(one, tree)
 
     followed = following(frozen, state)
     # In which turns slots are refilled cannot be read off a program; without slots it has the same

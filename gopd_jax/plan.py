@@ -20,7 +20,7 @@ import jax
 from absl import app, flags
 from rich.console import Console
 
-from gopd_jax import abstract, chips, least, phases, search, space, streamed
+from gopd_jax import abstract, chips, least, phases, search, sharding, space, streamed
 from gopd_jax import config as settings
 from gopd_jax.chips import GIB, Topology
 from gopd_jax.main import CONFIG, parse, refuse
@@ -85,7 +85,8 @@ def plan(
 def changes(c: settings.Config, mesh) -> Iterator[tuple[str, settings.Config]]:
     """(as flags, the config) of single changes that take less memory, the mildest first."""
     pieces, chunk, prompts = c.batch.microbatches, c.batch.head_chunk, c.batch.prompts
-    length, (n_data, n_fsdp, n_tensor) = c.sampling.completion_length, mesh.devices.shape
+    length, shards = c.sampling.completion_length, sharding.n_row_shards(mesh)
+    n_data, n_fsdp, _, _, n_tensor = mesh.devices.shape
     for name in {None: ("products", "layers"), "products": ("layers",)}.get(c.batch.remat, ()):
         yield _changed(c, {"batch.remat": name})
     for factor in (2, 4):
@@ -105,7 +106,7 @@ def changes(c: settings.Config, mesh) -> Iterator[tuple[str, settings.Config]]:
         if prompts % factor == 0:
             fewer = {"batch.prompts": prompts // factor}
             rows = prompts * c.batch.rollouts // (factor * c.batch.updates)
-            if rows % (pieces * n_data * n_fsdp) and pieces % factor == 0:  # less than one a device
+            if rows % (pieces * shards) and pieces % factor == 0:  # less than one a device
                 fewer["batch.microbatches"] = pieces // factor
             yield _changed(c, fewer)
     for factor in (2, 4):  # another experiment: the last resort
@@ -154,7 +155,7 @@ def report(this: Plan) -> str:
     """The figures as text."""
     run, topology = this.run, this.topology
     c, mesh, chip = this.config, run.recipe.mesh, topology.chip
-    axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    axes = " x ".join(f"{name} {size}" for name, size in sharding.shape(mesh).items())
     rows = sum(run.recipe.group_rows)
     limit = "no limit is known" if chip is None else f"of {chip.usable / GIB:.2f} GiB"
     lines = [
@@ -228,7 +229,7 @@ def to_json(this: Plan, verdict: str, change: str | None) -> dict:
     return {
         "topology": this.topology.name,
         "devices": len(this.topology.devices),
-        "mesh": dict(mesh.shape),
+        "mesh": sharding.shape(mesh),
         "usable_bytes": None if chip is None else chip.usable,
         "phases": rows,
         "estimated_seconds": phases.parts(this.found),

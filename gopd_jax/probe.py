@@ -34,7 +34,7 @@ class Probe:
     def __init__(self, this: Run):
         c = this.config
         self.run, self.student = this, this.student
-        shards = sharding.n_row_shards(this.mesh)
+        shards = sharding.n_decode_shards(this.mesh)
         per_task = -(-ROWS // shards) * shards
         n_tasks = len(this.train.tasks)
         self.recipe = dataclasses.replace(

@@ -75,7 +75,7 @@ def writers(run: abstract.Run) -> list[tuple[Decoder, int, int]]:
 
 def cache_bytes(mesh, decoder, n_rows: int, length: int, dtype: str | None = None) -> int:
     """Keys and values of one device's rows and heads, of 8 bits with a float32 scale a token."""
-    cfg, shards = decoder.cfg, sharding.n_row_shards(mesh)
+    cfg, shards = decoder.cfg, sharding.n_decode_shards(mesh)
     n_rows = -(-n_rows // shards) * shards
     names = {"cache": (None, "batch", "kv_heads", None, None)}
     layout = sharding.shardings(mesh, names, sharding.DECODE)["cache"]

@@ -72,7 +72,7 @@ def write_run(workdir: Path, this: Run) -> None:
             "jax": jax.__version__,
             "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
             "processes": jax.process_count(),
-            "mesh": dict(this.mesh.shape),
+            "mesh": sharding.shape(this.mesh),
             "started": time.strftime("%Y-%m-%d %H:%M:%S"),
         },
         "models": models,

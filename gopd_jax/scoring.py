@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from gopd_jax import sharding
 from gopd_jax.drawing import pick
 from gopd_jax.models import decoder as lm
+from gopd_jax.models.ops import constrain, shards
 
 
 def score(decoder, params, rollout, *, temperature: float, n_vocab: int, chunk: int, view=None):
@@ -31,23 +32,38 @@ def score(decoder, params, rollout, *, temperature: float, n_vocab: int, chunk: 
 def hidden(decoder, params, rollout, view, *, after: bool = False):
     """(hidden_BCD that predict the completion, its ids_BC), after the model's own prompt.
 
-    after: one more state, behind the last token, with an id that means nothing.
+    after: one more state, behind the last token, with an id that means nothing. Where positions lie
+    on several devices there are more of these, to `state_width`.
     """
     n_prompt, tokens_BL, valid_BL = rollout.n_prompt, rollout.tokens_BL, rollout.valid_BL
     ids_BC, mask_BC = tokens_BL[:, n_prompt:], valid_BL[:, n_prompt:]
     if view is not None:
         tokens_BL = jnp.concatenate([view.tokens_BP, ids_BC], 1)
         valid_BL = jnp.concatenate([view.valid_BP, mask_BC], 1)
-    hidden_BLD = lm.hidden(decoder, params, tokens_BL, valid_BL)
     # Position t predicts token t + 1: from the prompt's last position to the last but one.
     first = tokens_BL.shape[1] - ids_BC.shape[1] - 1
+    if shards("length") > 1:
+        width = state_width(ids_BC.shape[1])
+        missing = (0, 0), (0, first + width - tokens_BL.shape[1])
+        hidden_BLD = lm.hidden(
+            decoder, params, jnp.pad(tokens_BL, missing), jnp.pad(valid_BL, missing)
+        )
+        ids_BC = jnp.pad(ids_BC, ((0, 0), (0, width - ids_BC.shape[1])))
+        return constrain(hidden_BLD[:, first:], "batch", "length", None), ids_BC
+    hidden_BLD = lm.hidden(decoder, params, tokens_BL, valid_BL)
     if after:
         return hidden_BLD[:, first:], jnp.pad(ids_BC, ((0, 0), (0, 1)))
     return hidden_BLD[:, first:-1], ids_BC
 
 
+def state_width(length: int) -> int:
+    """States of completions of that length, with the one behind it: a multiple of the shards."""
+    return length + 1 + -(length + 1) % shards("length")
+
+
 def on_positions(rollout, values_BC):
     """Values of the completion's tokens at the rollout's positions: _BC -> _BT."""
+    values_BC = values_BC[:, : rollout.tokens_BL.shape[1] - rollout.n_prompt]
     return jnp.pad(values_BC, ((0, 0), (rollout.n_prompt - 1, 0)))
 
 
@@ -56,18 +72,15 @@ def in_chunks(function, weights, arrays, of_rows=None, *, chunk: int, apart: boo
     backward pass.
 
     arrays: a tree of [B, C, ...]; function takes such a tree of fewer positions and returns one of
-    [B, c, ...]. It must treat every position by itself: the last chunk is filled up with zeros.
+    [B, c]. It must treat every position by itself: the last chunk is filled up with zeros.
     of_rows: a tree of [B, ...]. weights: what it uses besides, whole at every row shard. apart:
     whether it treats every row by itself, too, and may be given those of one shard.
     """
 
-    def one_shard(weights, rows):
-        arrays, of_rows = rows
+    def one_shard(weights, arrays, of_rows):
         return _in_chunks(lambda part: function(weights, part, of_rows), arrays, chunk=chunk)
 
-    if not apart:
-        return one_shard(weights, (arrays, of_rows))
-    return sharding.over_rows(one_shard, weights, (arrays, of_rows))
+    return sharding.over_shards(one_shard, weights, arrays, of_rows, apart=apart)
 
 
 def _in_chunks(function, arrays, *, chunk):

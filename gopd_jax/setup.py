@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 
 from gopd_jax import config as settings
-from gopd_jax import data, hub, method, metrics, sharding
+from gopd_jax import data, hub, method, metrics, processes, sharding
 from gopd_jax.assembly import decoder_of, recipe_of
 from gopd_jax.evaluate import held_out
 from gopd_jax.method import teachers_of
@@ -99,27 +99,30 @@ def checked_mesh(c: settings.Config, *, devices=None, files: bool = True) -> jax
     files False: for a program that is only compiled, whatever there is on this machine.
     """
     problems = c.problems(files=files)
-    axes, slices = (c.mesh.data, c.mesh.fsdp, c.mesh.tensor), c.mesh.slices
-    sizes = (*axes[1:], axes[0] or 1, slices, c.batch.prompts, c.batch.rollouts)
+    axes = c.mesh.data, c.mesh.fsdp, c.mesh.tensor
+    more = {name: getattr(c.mesh, name) for name in ("expert", "sequence", "slices")}
+    sizes = (*axes[1:], axes[0] or 1, *more.values(), c.batch.prompts, c.batch.rollouts)
     if not all(isinstance(size, int) and size > 0 for size in sizes):
         _refuse(problems)  # which has them
-    mesh = _try(problems, sharding.make_mesh, *axes, slices=slices, devices=devices)
+    mesh = _try(problems, sharding.make_mesh, *axes, **more, devices=devices)
     rows = c.batch.prompts * c.batch.rollouts
     if mesh is not None:
         check = sharding.process_share if files else sharding.require_rows
         share = _try(problems, check, mesh, rows)
         shards, several = sharding.n_row_shards(mesh), c.batch.updates > 1
+        decoding = sharding.n_decode_shards(mesh)
         pieces = c.batch.updates * c.batch.microbatches
         keys = "batch.updates * batch.microbatches" if several else "batch.microbatches"
         if share and pieces > 0 and not rows % pieces and rows // pieces % shards:
             problems.append(
                 f"a microbatch of {rows} / {keys} = {rows} / {pieces} = {rows // pieces} rows does "
-                f"not divide over mesh.data * mesh.fsdp = {shards}; choose fewer {keys}"
+                f"not divide over {sharding.told_shards(mesh)} = {shards}; choose fewer {keys}"
             )
-        if (slots := c.sampling.slots) is not None and slots % shards:
+        if (slots := c.sampling.slots) is not None and slots % decoding:
+            over = sharding.told_shards(mesh, sharding.DECODE_ROWS)
             problems.append(
-                f"sampling.slots = {slots} does not divide over mesh.data * mesh.fsdp = {shards}; "
-                f"choose a multiple of {shards}"
+                f"sampling.slots = {slots} does not divide over {over} = {decoding}; "
+                f"choose a multiple of {decoding}"
             )
     _refuse(problems)
     return mesh
@@ -236,7 +239,7 @@ def _load(name: str, model: settings.Model, at: hub.Located, dtype: str, mesh, c
         dtype=dtype,
         progress=lambda work: metrics.bar(work, f"loading {name}", shown),
     )
-    return cfg, params, hf.weights_digest(at.directory, **sharding.shared_work()), chat
+    return cfg, params, hf.weights_digest(at.directory, **processes.shared_work()), chat
 
 
 def check_context(name: str, model: settings.Model, cfg: ModelConfig, c) -> None:

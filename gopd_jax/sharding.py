@@ -2,12 +2,14 @@
 
 The only file that names mesh axes. Parameters and optimizer state are sharded by the TRAIN rules;
 the rollout uses a copy of the student in the DECODE layout, gathered once, because a weight that
-is sharded over "fsdp" would otherwise be gathered again for each token.
+is sharded over "fsdp" would otherwise be gathered again for each token. A token that is decoded has
+one position, so there the devices of "sequence" hold other rows.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 
 import flax.linen as nn
 import jax
@@ -17,24 +19,42 @@ from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-AXES = ("data", "fsdp", "tensor")
-ROWS = ("data", "fsdp")
+from gopd_jax.slices import by_slice
+
+AXES = ("data", "fsdp", "expert", "sequence", "tensor")
+# Of the axes, those that are only told of where they are used.
+_SELDOM = ("expert", "sequence")
+# Those that `plan --search` chooses.
+SEARCHED = tuple(axis for axis in AXES if axis not in _SELDOM)
+ROWS = ("data", "fsdp", "expert")
+# While tokens are decoded.
+DECODE_ROWS = (*ROWS, "sequence")
+EXPERTS = ("expert", "tensor")
+# Of parameters and what belongs to them: devices that share a row need no copies of their own.
+WEIGHTS = ("fsdp", "sequence")
 
 _SHARED = (
-    ("batch", ROWS),
     ("heads", "tensor"),
     ("kv_heads", "tensor"),
     ("mlp", "tensor"),
-    ("experts", "tensor"),
+    ("experts", EXPERTS),
     ("vocab", "tensor"),
 )
-TRAIN = (*_SHARED, ("embed", "fsdp"))
-DECODE = (*_SHARED, ("embed", None))
-_WITHIN_ROWS = (*(rule for rule in _SHARED if rule[0] != "batch"), ("batch", None), ("embed", None))
+TRAIN = (("batch", ROWS), ("length", "sequence"), *_SHARED, ("embed", WEIGHTS))
+DECODE = (("batch", DECODE_ROWS), ("length", None), *_SHARED, ("embed", None))
 
 
-def make_mesh(data: int | None, fsdp: int, tensor: int, *, slices: int = 1, devices=None) -> Mesh:
-    """A (data, fsdp, tensor) mesh over `devices` (None: all); data None takes what is left.
+def make_mesh(
+    data: int | None,
+    fsdp: int,
+    tensor: int,
+    *,
+    expert: int = 1,
+    sequence: int = 1,
+    slices: int = 1,
+    devices=None,
+) -> Mesh:
+    """A mesh of AXES over `devices` (None: all); data None takes what is left.
 
     slices: outermost parts of the data axis, each with devices of one TPU slice, so that within a
     slice parameters are whole and what is summed over rows alone crosses the network between
@@ -43,71 +63,73 @@ def make_mesh(data: int | None, fsdp: int, tensor: int, *, slices: int = 1, devi
     """
     devices = jax.devices() if devices is None else list(devices)
     n_devices = len(devices)
+    sizes = dict(zip(AXES, (data, fsdp, expert, sequence, tensor)))
+    others = _used({axis: size for axis, size in sizes.items() if axis != "data"})
+    n_others = math.prod(others.values())
     if data is None:
-        if n_devices % (fsdp * tensor):
+        if n_devices % n_others:
             raise ValueError(
-                f"mesh.fsdp * mesh.tensor = {fsdp} * {tensor} does not divide the {n_devices} "
-                "devices; choose factors of it"
+                f"{_product(others)} does not divide the {n_devices} devices; choose factors of it"
             )
-        data = n_devices // (fsdp * tensor)
-    if data * fsdp * tensor != n_devices:
+        sizes["data"] = data = n_devices // n_others
+    if data * n_others != n_devices:
         raise ValueError(
-            f"mesh data * fsdp * tensor = {data} * {fsdp} * {tensor} = {data * fsdp * tensor} and "
-            f"there are {n_devices} devices; leave mesh.data unset to take what the others leave"
+            f"{_product({'data': data} | others)} = {data * n_others} and there are {n_devices} "
+            "devices; leave mesh.data unset to take what the others leave"
         )
     if data % slices:
         raise ValueError(
             f"mesh.slices = {slices} does not divide mesh.data = {data} (of all slices): replicas "
-            f"alone lie across slices, so fsdp * tensor = {fsdp * tensor} has to divide the "
+            f"alone lie across slices, so {_names(others)} = {n_others} has to divide the "
             f"devices of one; lower them, or set --config.mesh.slices=1"
         )
-    shape = data // slices, fsdp, tensor
-    grid = np.concatenate([_laid_out(shape, group) for group in _by_slice(devices, slices)])
+    sizes["data"] = data // slices
+    grid = np.concatenate([_laid_out(sizes, group) for group in by_slice(devices, slices)])
     # Auto: Linen's logical constraints are no-ops or errors on the Explicit axes of make_mesh.
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def _laid_out(shape: tuple[int, ...], devices: list) -> np.ndarray:
-    """The devices of one slice as an array of that shape, neighbours by their links on a TPU.
+def shape(mesh: Mesh) -> dict[str, int]:
+    """Size of each axis, as it is told: without those that few runs use, where they have 1."""
+    return _used(dict(mesh.shape))
+
+
+def searched(mesh: Mesh) -> tuple[int, ...]:
+    """Sizes of SEARCHED."""
+    return tuple(mesh.shape[axis] for axis in SEARCHED)
+
+
+def parts(mesh: Mesh, name: str, rules=TRAIN) -> int:
+    """Among how many devices a logical axis is divided."""
+    axes = dict(rules)[name] or ()
+    return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
+
+
+def _used(sizes: dict[str, int]) -> dict[str, int]:
+    return {axis: size for axis, size in sizes.items() if size != 1 or axis not in _SELDOM}
+
+
+def _product(sizes: dict[str, int]) -> str:
+    """ "mesh.fsdp * mesh.tensor = 2 * 4"."""
+    return f"{_names(sizes)} = {' * '.join(map(str, sizes.values()))}"
+
+
+def _names(sizes: dict[str, int]) -> str:
+    return " * ".join(f"mesh.{axis}" for axis in sizes)
+
+
+def _laid_out(sizes: dict[str, int], devices: list) -> np.ndarray:
+    """The devices of one slice as an array of AXES, neighbours by their links on a TPU.
 
     Not jax.make_mesh elsewhere: it has no order for GPUs but theirs, and refuses several hosts.
     """
+    grid = np.array(devices, dtype=object)
     if devices[0].platform == "tpu":
         # Axes may part a ring of links: jax.make_mesh allows that on v5e alone, and refuses 32 x 8
         # of 16 x 16 elsewhere.
-        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    return np.array(devices, dtype=object).reshape(shape)
-
-
-def _by_slice(devices: list, slices: int) -> list[list]:
-    """The devices of each slice: as the platform tells, else equal runs of them in their order.
-
-    ValueError where the platform tells of another number of slices, or of unequal ones.
-    """
-    known = _slice_indices(devices)
-    if known is None:
-        size = len(devices) // slices
-        return [devices[i * size : (i + 1) * size] for i in range(slices)]
-    groups = [[d for d, i in zip(devices, known) if i == one] for one in sorted({*known})]
-    if len(groups) != slices:
-        raise ValueError(
-            f"mesh.slices = {slices} and the devices lie on {len(groups)} slices; set "
-            f"--config.mesh.slices={len(groups)} (a plan names them: --topology=2xv5e:4x4)"
-        )
-    if len(sizes := {len(group) for group in groups}) > 1:
-        raise ValueError(f"slices have {sorted(sizes)} devices; give each the same number")
-    return groups
-
-
-def _slice_indices(devices: list) -> list[int] | None:
-    """The slice of each device; None where the platform has none.
-
-    A GPU's slice_index is its host or its NVLink domain, over which parameters may be sharded. A
-    topology of one slice, for compiling, leaves it out.
-    """
-    if devices[0].platform != "tpu":
-        return None
-    return [getattr(device, "slice_index", 0) for device in devices]
+        used = tuple(_used(sizes).values())
+        grid = mesh_utils.create_device_mesh(used, devices, allow_split_physical_axes=True)
+    return grid.reshape(tuple(sizes.values()))
 
 
 @contextlib.contextmanager
@@ -115,6 +137,14 @@ def use(mesh: Mesh, rules=TRAIN):
     """Trace inside this: the mesh for constraints, the rules for logical names."""
     with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
         yield
+
+
+def decoding():
+    """Trace inside this what decodes tokens: the rules of the copy that batching.decode_copy makes.
+
+    Rows that go in lie as `constrain_decode_rows` puts them.
+    """
+    return nn.logical_axis_rules(DECODE)
 
 
 def shardings(mesh: Mesh, logical_axes, rules=TRAIN):
@@ -147,9 +177,13 @@ def mesh_problems(mesh: Mesh, abstract_params, logical_axes, *, role: str) -> li
     names = jax.tree.leaves(logical_axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
     for (_, leaf), sharding, logical in zip(leaves, specs, names):
         for size, axis, name in zip(leaf.shape, sharding.spec, logical):
-            if axis is not None and size % mesh.shape[axis]:
+            axes = (axis,) if isinstance(axis, str) else axis or ()
+            if name == "heads":  # which attention hands around for positions
+                axes = ("sequence", *axes)
+            of = _used({one: mesh.shape[one] for one in axes})
+            if size % math.prod(of.values()):
                 found[name] = (
-                    f"{role} has {size} along {name!r}, which mesh.{axis} = {mesh.shape[axis]} "
+                    f"{role} has {size} along {name!r}, which {_product(of)} "
                     f"does not divide; choose a divisor of {size}"
                 )
     return list(found.values())
@@ -160,27 +194,43 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def by_rows(mesh: Mesh) -> NamedSharding:
-    """Axis 0 over the data and fsdp axes: every array of a batch."""
+    """Axis 0 over ROWS: every array of a batch, but while tokens are decoded."""
     return NamedSharding(mesh, P(ROWS))
 
 
+def by_positions(mesh: Mesh) -> NamedSharding:
+    """Axis 0 as `by_rows`, axis 1 over "sequence": hidden states, too large to be whole."""
+    return NamedSharding(mesh, P(ROWS, "sequence"))
+
+
 def n_row_shards(mesh: Mesh) -> int:
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+    return parts(mesh, "batch")
+
+
+def n_decode_shards(mesh: Mesh) -> int:
+    """Runs of rows while tokens are decoded; a multiple of n_row_shards."""
+    return parts(mesh, "batch", DECODE)
+
+
+def told_shards(mesh: Mesh, axes: tuple[str, ...] = ROWS) -> str:
+    """ "mesh.data * mesh.fsdp = 2 * 4", for sentences about rows."""
+    return _product(_used({axis: mesh.shape[axis] for axis in axes}))
 
 
 def n_parts(mesh: Mesh) -> tuple[int, int, int]:
     """(replicas, parts of a replica's weights that meet for every use, parts that never do)."""
-    return mesh.shape["data"], mesh.shape["fsdp"], mesh.shape["tensor"]
+    return mesh.shape["data"], parts(mesh, "embed"), parts(mesh, "vocab")
 
 
 def require_rows(mesh: Mesh, n_rows: int) -> int:
-    """Rows of each shard. ValueError where the rows do not divide over the mesh."""
-    if n_rows % n_row_shards(mesh):
+    """Rows that a device decodes. ValueError where the rows do not divide over the mesh."""
+    if n_rows % n_decode_shards(mesh):
+        decoded = ", over which tokens are decoded" if mesh.shape["sequence"] > 1 else ""
         raise ValueError(
-            f"{n_rows} rows (batch.prompts * batch.rollouts) do not divide over mesh.data * "
-            f"mesh.fsdp = {mesh.shape['data']} * {mesh.shape['fsdp']}"
+            f"{n_rows} rows (batch.prompts * batch.rollouts) do not divide over "
+            f"{told_shards(mesh, DECODE_ROWS)}{decoded}"
         )
-    return n_rows // n_row_shards(mesh)
+    return n_rows // n_decode_shards(mesh)
 
 
 def process_share(mesh: Mesh, n_rows: int) -> tuple[int, int]:
@@ -236,66 +286,60 @@ def whole(tree):
     return jax.tree.map(copy, tree)
 
 
-def shared_work() -> dict:
-    """Options for work that the processes divide: share (i, n) of this one, add over all of them.
+def over_shards(function, weights, positions, rows, *, apart: bool = True):
+    """function(weights, positions, rows), each shard of rows and of positions by itself; inside a
+    jit.
 
-    Every process has to take part.
-    """
-
-    def add(x):
-        return multihost_utils.process_allgather(x).reshape(-1, *x.shape).sum(0, dtype=x.dtype)
-
-    return {"share": (jax.process_index(), jax.process_count()), "add": add}
-
-
-def largest(n: int) -> jax.Array:
-    """The largest n of all processes, int32, on each of them; every process has to ask.
-
-    It is computed behind what the devices are at: reading it waits for that, asking does not.
-    """
-    everyone = Mesh(np.array(jax.devices()), ("everyone",))
-    n_D = jax.make_array_from_callback(
-        (jax.device_count(),),
-        NamedSharding(everyone, P("everyone")),
-        lambda _: np.full(1, n, np.int32),
-    )
-    return jax.jit(jnp.max, out_shardings=replicated(everyone))(n_D)
-
-
-def in_turn(tree):
-    """The tree, waited for where two programs must not be under way at the same time.
-
-    CPUs of several processes run what is dispatched in any order: two programs whose collectives
-    meet the other way round on another process would wait for each other for ever.
-    """
-    if jax.process_count() > 1 and jax.default_backend() == "cpu":
-        jax.block_until_ready(tree)
-    return tree
-
-
-def over_rows(function, weights, rows):
-    """function(weights, rows), each row shard by itself; inside a jit.
-
-    Weights are gathered along the row axes once, before, and their gradient is added over them
-    once, after, however often the function uses them; left to the partitioner, a loop inside would
-    do both in every turn. Other axes of the mesh stay the partitioner's. function keeps axis 0 of
-    rows and asks nothing of other rows.
+    positions: a tree of [B, C, ...]; rows: of [B, ...]; function gives a tree of [B, C] for what it
+    is given of them, and asks nothing of other rows (apart False: may ask for those of all shards)
+    or positions. Weights are gathered along these axes once, before, and their gradient is added
+    over them once, after, however often the function uses them; left to the partitioner, a loop
+    inside would do both in every turn. Other axes of the mesh stay the partitioner's.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or all(mesh.shape[axis] == 1 for axis in ROWS):
-        return function(weights, rows)
+    sizes = {} if mesh.empty else mesh.shape
+    n = sizes.get("sequence", 1)
+    axes = ROWS if apart and any(sizes.get(axis, 1) > 1 for axis in ROWS) else ()
+    of_rows = axes or None
+    rules = dict(TRAIN) | {"batch": None if axes else ROWS, "length": None, "embed": None}
+    if n > 1:
+        axes = (*axes, "sequence")
+    if not axes:
+        return function(weights, positions, rows)
 
-    def one(weights, rows):
+    def one(weights, positions, rows):
         # Marked as differing between shards, or each use's gradient would be added on its own.
-        weights = jax.tree.map(lambda x: jax.lax.pcast(x, ROWS, to="varying"), weights)
-        with nn.logical_axis_rules(_WITHIN_ROWS):
-            return function(weights, rows)
+        weights = jax.tree.map(lambda x: jax.lax.pcast(x, axes, to="varying"), weights)
+        with nn.logical_axis_rules((*rules.items(),)):
+            return function(weights, positions, rows)
 
-    specs = P(), P(ROWS)
-    mapped = jax.shard_map(one, in_specs=specs, out_specs=P(ROWS), axis_names={*ROWS})
-    return mapped(weights, rows)
+    here = P(of_rows) if n == 1 else P(of_rows, "sequence")
+    specs = P(), here, P(of_rows)
+    mapped = jax.shard_map(one, in_specs=specs, out_specs=here, axis_names={*axes})
+    if n == 1:
+        return mapped(weights, positions, rows)
+    length = jax.tree.leaves(positions)[0].shape[1]
+
+    def filled(x):  # shard_map wants equal shares of positions
+        return jnp.pad(x, ((0, 0), (0, -length % n), *((0, 0),) * (x.ndim - 2)))
+
+    found = mapped(weights, jax.tree.map(filled, positions), rows)
+    # A number a position is small: whole rows of them, for what sums along a row.
+    return constrain_rows(jax.tree.map(lambda x: x[:, :length], found))
 
 
 def constrain_rows(tree):
     """Inside a jit: hold every array of the tree to row sharding."""
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, P(ROWS)), tree)
+
+
+def constrain_positions(tree):
+    """Inside a jit: hold every array [B, L, ...] to sharding by rows and positions."""
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, P(ROWS, "sequence")), tree)
+
+
+def constrain_decode_rows(mesh: Mesh, tree):
+    """Inside a jit: rows over all devices that decode; nothing where they lie so in training."""
+    if mesh.shape["sequence"] == 1:
+        return tree
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, P(DECODE_ROWS)), tree)

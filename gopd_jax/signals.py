@@ -8,7 +8,7 @@ import threading
 
 import jax
 
-from gopd_jax import sharding
+from gopd_jax import processes
 
 
 @contextlib.contextmanager
@@ -31,8 +31,8 @@ def stop_signals():
     def stop() -> int | None:
         if jax.process_count() == 1:
             return caught[0] if caught else None
-        found = sharding.largest(max(caught, default=0))  # SIGTERM is above SIGINT
-        asked.append(sharding.in_turn(found))
+        found = processes.largest(max(caught, default=0))  # SIGTERM is above SIGINT
+        asked.append(processes.in_turn(found))
         answer = int(asked.popleft().addressable_data(0)) if len(asked) > 1 else 0
         return signal.Signals(answer) if answer else None
 

@@ -29,7 +29,7 @@ class Candidate:
     """A config of the space. bound: bytes that a device needs at the least; guess: will likely."""
 
     config: settings.Config
-    mesh: tuple[int, int, int]  # data, fsdp, tensor
+    mesh: tuple[int, int, int]  # sizes of sharding.SEARCHED; the other axes are the config's
     bound: int
     guess: int
     seconds: float  # of the roofline, before anything is compiled
@@ -37,7 +37,7 @@ class Candidate:
     @property
     def flags(self) -> str:
         b = self.config.batch
-        axes = [f"--config.mesh.{axis}={size}" for axis, size in zip(sharding.AXES, self.mesh)]
+        axes = [f"--config.mesh.{axis}={size}" for axis, size in zip(sharding.SEARCHED, self.mesh)]
         remat = b.remat or "none"
         batch = f"--config.batch.microbatches={b.microbatches} --config.batch.remat={remat}"
         return f"{' '.join(axes)} {batch}"
@@ -66,8 +66,14 @@ def space(c: settings.Config, devices) -> list[abstract.Run]:
     """
     found, wrong = [], []
     rows = c.batch.prompts * c.batch.rollouts
-    for sizes in factorizations(len(devices)):
-        shards = sizes[0] * sizes[1]
+    beside = c.mesh.expert * c.mesh.sequence
+    if beside < 1 or len(devices) % beside:
+        raise ValueError(
+            f"mesh.expert * mesh.sequence = {c.mesh.expert} * {c.mesh.sequence} does not divide "
+            f"the {len(devices)} devices; --search takes them as they are: choose factors of it"
+        )
+    for sizes in factorizations(len(devices) // beside):
+        shards = sizes[0] * sizes[1] * c.mesh.expert
         share = rows // (c.batch.updates * shards) if c.batch.updates > 0 else 0
         for pieces, remat in itertools.product(divisors(max(share, 1)), REMATS):
             made = copy.deepcopy(c)
@@ -99,7 +105,7 @@ def ranked(runs, names: tuple[str, ...], topology: Topology, *, mfu: float) -> l
     works, found = {}, []
     for run in runs:
         # Products of the whole mesh; experts' tokens are repeated along its last axis.
-        key = run.recipe.mesh.devices.shape[2], run.config.batch.remat
+        key = sharding.parts(run.recipe.mesh, "heads"), run.config.batch.remat
         if key not in works:
             works[key] = {
                 program.name: flops.count((program.counted or program.traced).jaxpr)
@@ -117,7 +123,7 @@ def ranked(runs, names: tuple[str, ...], topology: Topology, *, mfu: float) -> l
         found.append(
             Candidate(
                 config=run.config,
-                mesh=run.recipe.mesh.devices.shape,
+                mesh=sharding.searched(run.recipe.mesh),
                 bound=bound(run, names),
                 guess=guess(run, names),
                 seconds=sum(phases.parts(parts).values()),
@@ -177,9 +183,11 @@ def guess(run: abstract.Run, names: tuple[str, ...]) -> int:
         kept = RECOMPUTED if c.batch.remat else max(RECOMPUTED, KEPT * cfg.num_hidden_layers)
         scores = kept * _scores(made.mesh, made.student, rows, length)
         gradient = phases.bytes_of(abstract.state(run).params)
-        n_vocab = cfg.vocab_size // made.mesh.devices.shape[2]
+        n_vocab = cfg.vocab_size // sharding.parts(made.mesh, "vocab")
         logits = 2 * 4 * rows * min(made.head_chunk, made.completion_length) * n_vocab
-        extra.append(2 * gradient + cfg.num_hidden_layers * state + scores + logits)
+        positions = sharding.parts(made.mesh, "length")
+        activations = (cfg.num_hidden_layers * state + logits) // positions
+        extra.append(2 * gradient + activations + scores)
     return int(_held(run) + max(extra))
 
 
@@ -196,5 +204,6 @@ def _cache(run: abstract.Run, decoder: Decoder, rows: int) -> int:
 
 def _scores(mesh, decoder: Decoder, rows: int, length: int) -> int:
     """Attention's float32 scores of one layer, of these rows of a device."""
-    heads = lora.base_config(decoder.cfg).num_attention_heads // mesh.devices.shape[2]
+    heads = lora.base_config(decoder.cfg).num_attention_heads
+    heads //= sharding.parts(mesh, "heads") * sharding.parts(mesh, "length")
     return 4 * rows * heads * length**2

@@ -5,6 +5,7 @@ compiled program with a donated state; `staged` compiles them apart, for when th
 between them (verifier rewards). Both run the same functions and give the same numbers.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -40,7 +41,8 @@ def generate(recipe: Recipe, params: Params, frozen: Frozen, prompts: Prompts, k
             return _sample(recipe, decoder, params, rows, key, view=rows.teacher)
 
         (routes,) = recipe.routes
-        rollout = batching.by_teacher(write, prompts, **_groups(recipe, routes))
+        of = _groups(recipe, routes) | {"shards": sharding.n_decode_shards(recipe.mesh)}
+        rollout = batching.by_teacher(write, prompts, **of)
     else:
         whole = lora.join(params, frozen.base)
         rollout = _sample(recipe, recipe.student, whole, prompts, key, narrow=True)
@@ -69,7 +71,8 @@ def score(recipe: Recipe, frozen: Frozen, rollout: Rollout) -> Scores:
                 return _judged(recipe, decoder, params, rows, "teacher", _logps)
 
             answer = batching.by_teacher(judge, rollout, **_groups(recipe, routes))
-            answers.append(before := sharding.constrain_rows(answer))
+            hold = sharding.constrain_positions if whole else sharding.constrain_rows
+            answers.append(before := hold(answer))
         if whole:
             found["teacher_hidden"] = tuple(answers)
         else:
@@ -123,7 +126,7 @@ def staged(recipe: Recipe) -> tuple[Callable, Callable, Callable]:
     rows, whole = _rows_and_whole(recipe)
     return (
         compiled(recipe, lambda *args: generate(recipe, *args), rows),
-        compiled(recipe, lambda *args: score(recipe, *args), rows),
+        compiled(recipe, lambda *args: score(recipe, *args), score_shardings(recipe.mesh)),
         compiled(
             recipe,
             lambda *args: update(recipe, *args),
@@ -131,6 +134,13 @@ def staged(recipe: Recipe) -> tuple[Callable, Callable, Callable]:
             donate=(0,),
         ),
     )
+
+
+def score_shardings(mesh) -> Scores:
+    """Where the scores lie between two stages."""
+    rows, positions = sharding.by_rows(mesh), sharding.by_positions(mesh)
+    found = {field.name: rows for field in dataclasses.fields(Scores)}
+    return Scores(**found | dict.fromkeys(("teacher_hidden", "ref_hidden"), positions))
 
 
 def sampling(recipe: Recipe, decoder: Decoder, *, greedy: bool = False) -> Callable:
@@ -198,24 +208,24 @@ def _sample(recipe, decoder, params, prompts, key, view=None, greedy=False, narr
     seen = prompts
     if view is not None:
         seen = prompts.replace(tokens_BP=view.tokens_BP, valid_BP=view.valid_BP)
-    rollout = sampler.generate(
-        decoder,
-        batching.decode_copy(
-            recipe.mesh, decoder, params, recipe.sampling_dtype if narrow else None
-        ),
-        seen,
-        key,
-        completion_length=recipe.completion_length,
-        temperature=recipe.temperature,
-        eos_ids=recipe.eos_ids,
-        n_vocab=recipe.n_vocab,
-        greedy=greedy,
-        slots=recipe.slots,
-        n_shards=sharding.n_row_shards(recipe.mesh),
-        buckets=recipe.sampling_buckets,
-        prompt_buckets=recipe.prompt_buckets,
-        cache_dtype=recipe.cache_dtype if narrow else None,
-    )
+    narrow_weights = recipe.sampling_dtype if narrow else None
+    with sharding.decoding():
+        rollout = sampler.generate(
+            decoder,
+            batching.decode_copy(recipe.mesh, decoder, params, narrow_weights),
+            sharding.constrain_decode_rows(recipe.mesh, seen),
+            key,
+            completion_length=recipe.completion_length,
+            temperature=recipe.temperature,
+            eos_ids=recipe.eos_ids,
+            n_vocab=recipe.n_vocab,
+            greedy=greedy,
+            slots=recipe.slots,
+            n_shards=sharding.n_decode_shards(recipe.mesh),
+            buckets=recipe.sampling_buckets,
+            prompt_buckets=recipe.prompt_buckets,
+            cache_dtype=recipe.cache_dtype if narrow else None,
+        )
     if view is None:
         return rollout
     n = rollout.n_prompt

@@ -180,7 +180,7 @@ def values(recipe, value_params, found: dict, rows):
     """(V(s_t) [B, T], V behind the last token [B]) from what `heads.read` found."""
     rollout = rows["rollout"]
     learnt_BS = critic.value(value_params, found["hidden"])
-    n = learnt_BS.shape[1] - 1
+    n = rollout.tokens_BL.shape[1] - rollout.n_prompt
     value_BT = jnp.pad(learnt_BS[:, :n], ((0, 0), (rollout.n_prompt - 1, 0)))
     after_B = learnt_BS[:, n]
     if recipe.critic.closed_form:

@@ -69,10 +69,13 @@ def make_model():
 
 @pytest.fixture(scope="session")
 def make_mesh():
-    """make_mesh((data, fsdp, tensor)) over as many of the eight devices as that takes."""
+    """make_mesh((data, fsdp, tensor)) over as many of the eight devices as that takes; behind these
+    may stand the sizes of expert and sequence."""
 
     def make(shape):
-        return sharding.make_mesh(*shape, devices=jax.devices()[: int(np.prod(shape))])
+        more = dict(zip(("expert", "sequence"), shape[3:]))
+        devices = jax.devices()[: int(np.prod(shape))]
+        return sharding.make_mesh(*shape[:3], **more, devices=devices)
 
     return make
 

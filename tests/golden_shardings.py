@@ -5,6 +5,7 @@ device of the mesh has to exist.
 """
 
 import dataclasses
+import math
 from pathlib import Path
 
 import jax
@@ -42,6 +43,7 @@ CASES = {
     "qwen3_v5e_4x4_tensor": lambda: (qwen("Qwen/Qwen3-1.7B", Mesh(fsdp=4, tensor=4)), 16),
     "microworld_2x2x2": lambda: (microworld(Mesh(data=2, fsdp=2, tensor=2)), 8),
     "moe_2x2x2": lambda: (qwen("Qwen/Qwen3-30B-A3B", Mesh(data=2, fsdp=2, tensor=2)), 8),
+    "microworld_sequence": lambda: (microworld(Mesh(data=2, sequence=2, tensor=2)), 8),
     "lora_2x2x2": lambda: (
         qwen("Qwen/Qwen3-1.7B", Mesh(data=2, fsdp=2, tensor=2), lora=Lora(rank=16)),
         8,
@@ -58,9 +60,10 @@ def microworld(mesh: Mesh):
 
 def text(config, n_devices: int) -> str:
     """The golden file of a config on a mesh of that many devices, which need not be there."""
-    axes = config.mesh
-    sizes = axes.data or n_devices // (axes.fsdp * axes.tensor), axes.fsdp, axes.tensor
-    mesh = AbstractMesh(sizes, sharding.AXES, axis_types=(AxisType.Auto,) * len(sizes))
+    sizes = {axis: getattr(config.mesh, axis) for axis in sharding.AXES}
+    sizes["data"] = sizes["data"] or n_devices // math.prod([*sizes.values()][1:])
+    types = (AxisType.Auto,) * len(sizes)
+    mesh = AbstractMesh((*sizes.values(),), sharding.AXES, axis_types=types)
     # Models and optimizer do not depend on the mesh: they are made for one device.
     run = abstract.prepare(dataclasses.replace(config, mesh=Mesh()), jax.devices("cpu")[:1])
     made = dataclasses.replace(run.recipe, mesh=mesh)
@@ -71,14 +74,22 @@ def text(config, n_devices: int) -> str:
         "decode params": decode_params(mesh, made.student),
         "decode cache": decode_cache(mesh, run),
     }
-    lines = [f"mesh {' x '.join(f'{name} {size}' for name, size in mesh.shape.items())}"]
+    lines = [f"mesh {' x '.join(f'{name} {size}' for name, size in sharding.shape(mesh).items())}"]
     for part, tree in parts.items():
         for path, x in jax.tree_util.tree_leaves_with_path(tree):
             name = jax.tree_util.keystr(path, simple=True, separator=".")
-            spec = ", ".join(map(str, x.sharding.spec))
+            spec = ", ".join(str(told(mesh, axes)) for axes in x.sharding.spec)
             held = x.sharding.shard_shape(x.shape)
             lines.append(f"{part} {name} {list(x.shape)} ({spec}) {list(held)}")
     return "\n".join(lines) + "\n"
+
+
+def told(mesh, axes):
+    """An entry of a PartitionSpec without the axes that are left out where they have one device."""
+    if axes is None or isinstance(axes, str):
+        return axes
+    axes = tuple(axis for axis in axes if axis in sharding.shape(mesh))
+    return axes[0] if len(axes) == 1 else axes
 
 
 def constraints(function, *shapes) -> list:

@@ -200,8 +200,7 @@ def test_constraints_are_there_under_rules_and_a_mesh_and_nowhere_else():
 
     assert "sharding_constraint" not in trace()
     plain_BLV = full_logits(QWEN3, tokens_BL, valid_BL)
-    auto = (jax.sharding.AxisType.Auto,) * 3
-    mesh = jax.make_mesh((1, 1, 1), sharding.AXES, axis_types=auto, devices=jax.devices()[:1])
+    mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     with sharding.use(mesh):
         assert trace().count("sharding_constraint") >= 8
         held_BLV = jax.jit(lambda p: lm.logits(decoder, p, lm.hidden(decoder, p, *batch())))(params)

@@ -146,8 +146,7 @@ def test_any_block_of_any_parameter_is_read_as_a_slice_of_the_whole(saved):
 
 def test_sharded_loading_reads_into_the_given_shardings(saved):
     path, cfg, params = saved
-    auto = (jax.sharding.AxisType.Auto,) * 3
-    mesh = jax.make_mesh((1, 1, 1), sharding.AXES, axis_types=auto, devices=jax.devices()[:1])
+    mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     shardings = sharding.shardings(mesh, lm_params.logical_axes(cfg))
     loaded = hf.load_params(path, cfg, shardings=shardings)
     jax.tree.map(np.testing.assert_array_equal, loaded, params)

@@ -12,7 +12,8 @@ LAYERS = (
     ("spec", "types"),
     ("objectives", "verifiers", "microworld"),
     (
-        *("hub", "config", "problems", "method", "sharding", "microworld.preset"),
+        *("hub", "config", "problems", "method", "microworld.preset"),
+        *("slices", "processes", "sharding"),
         *("chips", "flops", "hlo", "collectives", "traffic", "memory"),
     ),
     ("models",),

@@ -56,7 +56,9 @@ def value_and_gradients(function, cfg, x_BLD, weight):
     return out_BLD, gradient
 
 
-@pytest.mark.parametrize("shape", [None, (2, 2, 2), (1, 1, 4)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [None, (2, 2, 2), (1, 1, 4), (2, 1, 2, 2), (1, 1, 1, 4, 2)], ids=str
+)
 @pytest.mark.parametrize("lean", [0.0, 2.0], ids=["spread", "all to one expert"])
 def test_routed_experts_are_the_weighted_sum_of_those_chosen(shape, lean, make_mesh):
     # One expert for each token where all want the same: the others' groups are empty.

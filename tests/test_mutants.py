@@ -21,6 +21,8 @@ STEP = (
     "batching",
     "sampler",
     "diagnose",
+    "sharding",
+    "models/attention",
 )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny
 
-from gopd_jax import advance, checkpoint, data, metrics, sharding, signals, train
+from gopd_jax import advance, checkpoint, data, metrics, processes, sharding, signals, train
 from gopd_jax.setup import prepare
 from gopd_jax.types import TrainState
 from gopd_jax.verifiers import Verdict
@@ -185,7 +185,7 @@ def test_a_continued_run_verifies_what_waits_by_the_problems_it_was_asked(root, 
 
 def test_the_largest_number_of_all_processes_is_an_array_on_every_device():
     for n in (0, 2, 15):
-        found = sharding.largest(n)
+        found = processes.largest(n)
         assert isinstance(found, jax.Array)
         assert {int(np.asarray(shard.data)) for shard in found.addressable_shards} == {n}
         assert len(found.addressable_shards) == jax.local_device_count()

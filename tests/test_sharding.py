@@ -17,11 +17,16 @@ from gopd_jax.models.params import abstract_params, logical_axes
 
 
 def test_a_mesh_takes_all_devices_or_those_given():
-    assert dict(sharding.make_mesh(2, 2, 2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
-    assert dict(sharding.make_mesh(None, 2, 1).shape) == {"data": 4, "fsdp": 2, "tensor": 1}
+    assert sharding.shape(sharding.make_mesh(2, 2, 2)) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert sharding.shape(sharding.make_mesh(None, 2, 1)) == {"data": 4, "fsdp": 2, "tensor": 1}
+    mesh = sharding.make_mesh(None, 1, 2, expert=1, sequence=2)
+    assert sharding.shape(mesh) == {"data": 2, "fsdp": 1, "sequence": 2, "tensor": 2}
+    assert tuple(mesh.shape) == ("data", "fsdp", "expert", "sequence", "tensor")
+    # Neighbours share rows and positions: "tensor" is the innermost axis, "sequence" the next.
+    assert [d.id for d in mesh.devices[0].flat] == [0, 1, 2, 3]
     some = jax.devices()[4:6]
     mesh = sharding.make_mesh(None, 1, 2, devices=some)
-    assert (dict(mesh.shape), set(mesh.devices.flat)) == (
+    assert (sharding.shape(mesh), set(mesh.devices.flat)) == (
         {"data": 1, "fsdp": 1, "tensor": 2},
         set(some),
     )
@@ -33,7 +38,7 @@ def test_a_mesh_takes_all_devices_or_those_given():
     [
         (
             (2, 2, 1),
-            r"data \* fsdp \* tensor = 2 \* 2 \* 1 = 4 and there are 8 devices; leave mesh",
+            r"\* mesh.fsdp \* mesh.tensor = 2 \* 2 \* 1 = 4 and there are 8 devices; leave mesh",
         ),
         ((8, 2, 1), r"= 16 and there are 8 devices"),
         ((None, 3, 1), r"fsdp \* mesh.tensor = 3 \* 1 does not divide the 8 devices; choose"),
@@ -45,17 +50,44 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused(shape, message):
         sharding.make_mesh(*shape)
 
 
+def test_every_axis_that_is_used_is_named_where_the_mesh_does_not_fit():
+    said = r"mesh.fsdp \* mesh.expert \* mesh.sequence \* mesh.tensor = 1 \* 3 \* 2 \* 1 does not"
+    with pytest.raises(ValueError, match=said):
+        sharding.make_mesh(None, 1, 1, expert=3, sequence=2)
+    said = r"mesh.data \* mesh.fsdp \* mesh.sequence \* mesh.tensor = 2 \* 1 \* 2 \* 1 = 4"
+    with pytest.raises(ValueError, match=said):
+        sharding.make_mesh(2, 1, 1, sequence=2)
+    with pytest.raises(ValueError, match=r"alone .*mesh.fsdp \* mesh.sequence \* mesh.tensor = 4"):
+        sharding.make_mesh(2, 1, 1, sequence=4, slices=4)
+
+
+def test_rows_are_decoded_on_every_device_but_those_of_tensor(make_mesh):
+    mesh = make_mesh((2, 1, 1, 2, 2))
+    assert (sharding.n_row_shards(mesh), sharding.n_decode_shards(mesh)) == (4, 8)
+    assert sharding.require_rows(mesh, 16) == 2
+    said = r"4 rows .* mesh.sequence = 2 \* 1 \* 2 \* 2, over which tokens are decoded"
+    with pytest.raises(ValueError, match=said):
+        sharding.require_rows(mesh, 4)
+
+    def flip(tree):
+        return sharding.constrain_decode_rows(mesh, jax.tree.map(lambda x: x[::-1], tree))
+
+    with sharding.use(mesh):
+        out = jax.jit(flip)(np.arange(8))
+    assert {shard.data.shape for shard in out.addressable_shards} == {(1,)}
+
+
 def test_training_shards_the_width_and_decoding_does_not(make_mesh):
     mesh = make_mesh((2, 2, 2))
     axes = {"q": ("layers", "embed", "heads", "head_dim"), "embed": ("vocab", "embed")}
     train = sharding.shardings(mesh, axes)
-    assert train["q"].spec == P(None, "fsdp", "tensor", None)
-    assert train["embed"].spec == P("tensor", "fsdp")
+    assert train["q"].spec == P(None, sharding.WEIGHTS, "tensor", None)
+    assert train["embed"].spec == P("tensor", sharding.WEIGHTS)
     decode = sharding.shardings(mesh, axes, sharding.DECODE)
     assert decode["q"].spec == P(None, None, "tensor", None)
     assert decode["embed"].spec == P("tensor", None)
     assert sharding.replicated(mesh).spec == P()
-    assert sharding.by_rows(mesh).spec == P(("data", "fsdp"))
+    assert sharding.by_rows(mesh).spec == P(("data", "fsdp", "expert"))
     assert sharding.n_row_shards(mesh) == 4
 
 
@@ -74,10 +106,10 @@ def test_every_matrix_of_a_model_is_spread_over_the_whole_mesh(make_model, make_
 
 def test_each_device_holds_some_of_the_experts_and_the_whole_choice(make_mesh):
     mesh, axes = make_mesh((2, 2, 2)), logical_axes(MOE)["layers"]
-    for rules, width in ((sharding.TRAIN, "fsdp"), (sharding.DECODE, None)):
+    for rules, width in ((sharding.TRAIN, sharding.WEIGHTS), (sharding.DECODE, None)):
         layers = sharding.shardings(mesh, axes, rules)
-        assert layers["expert_up"].spec == P(None, "tensor", width, None)
-        assert layers["expert_down"].spec == P(None, "tensor", None, width)
+        assert layers["expert_up"].spec == P(None, ("expert", "tensor"), width, None)
+        assert layers["expert_down"].spec == P(None, ("expert", "tensor"), None, width)
         assert layers["router"].spec == P(None, width, None)
     found = abstract_params(MOE), logical_axes(MOE)
     problems = sharding.mesh_problems(make_mesh((1, 1, 8)), *found, role="teacher")
@@ -121,7 +153,7 @@ def test_rules_and_mesh_are_in_force_inside_use_and_nowhere_else(make_mesh):
 
     assert specs() == []
     with sharding.use(mesh):  # rows lie on "fsdp" too, so that their width cannot
-        assert specs() == [P(("data", "fsdp"), None, "tensor")]
+        assert specs() == [P(("data", "fsdp", "expert"), None, "tensor")]
     with sharding.use(mesh, (("embed", "fsdp"),)):
         assert specs() == [P(None, "fsdp", None)]
     assert specs() == []
@@ -131,7 +163,7 @@ def test_rows_go_to_the_devices_and_come_back_in_order(make_mesh):
     mesh = make_mesh((2, 2, 2))
     rows = {"x": np.arange(24).reshape(8, 3), "y": np.arange(8) > 2}
     placed = sharding.to_global(mesh, rows)
-    assert placed["x"].sharding.spec == P(("data", "fsdp"))
+    assert placed["x"].sharding.spec == P(("data", "fsdp", "expert"))
     assert {shard.data.shape for shard in placed["x"].addressable_shards} == {(2, 3)}
     for back in (sharding.to_host(placed), sharding.gather(placed)):
         assert isinstance(back["x"], np.ndarray)

@@ -11,6 +11,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import NamedSharding
 
 from gopd_jax import abstract, chips, recipe, setup, sharding, step
+from gopd_jax import slices as slicing
 from gopd_jax.models.params import logical_axes
 from gopd_jax.recipe import init_state
 
@@ -22,7 +23,7 @@ def scattered(monkeypatch):
 
 
 def scatter(monkeypatch):
-    monkeypatch.setattr(sharding, "_slice_indices", lambda devices: [d.id % 2 for d in devices])
+    monkeypatch.setattr(slicing, "_slice_indices", lambda devices: [d.id % 2 for d in devices])
 
 
 def fakes(platform, per_slice=2, slices=2):
@@ -36,7 +37,7 @@ def fakes(platform, per_slice=2, slices=2):
 
 def test_the_data_axis_has_the_slices_on_its_outside(scattered):
     mesh = sharding.make_mesh(None, 2, 1, slices=2)
-    assert dict(mesh.shape) == {"data": 4, "fsdp": 2, "tensor": 1}  # data counts over both
+    assert sharding.shape(mesh) == {"data": 4, "fsdp": 2, "tensor": 1}  # data counts over both
     ids = np.vectorize(lambda device: device.id)(mesh.devices)
     assert ids.reshape(2, 4).tolist() == [[0, 2, 4, 6], [1, 3, 5, 7]]
 
@@ -45,13 +46,13 @@ def test_without_a_word_of_the_platform_devices_are_taken_in_their_order():
     mesh = sharding.make_mesh(4, 1, 2, slices=2)
     assert [device.id for device in mesh.devices.flat] == list(range(8))
     with pytest.raises(ValueError, match="slices = 2 and the devices lie on 4 slices"):
-        sharding._by_slice([*fakes("tpu", slices=4)], 2)
+        slicing.by_slice([*fakes("tpu", slices=4)], 2)
 
 
 def test_the_order_is_that_of_jaxs_hybrid_mesh():
     devices = fakes("cpu", per_slice=4)
     want = mesh_utils.create_hybrid_device_mesh((1, 2, 2), (2, 1, 1), devices=devices)
-    groups = sharding._by_slice(
+    groups = slicing.by_slice(
         [SimpleNamespace(**vars(d) | {"platform": "tpu"}) for d in devices], 2
     )
     got = np.array([[device.id for device in group] for group in groups])
@@ -60,8 +61,10 @@ def test_the_order_is_that_of_jaxs_hybrid_mesh():
 
 def test_gpus_of_several_hosts_are_one_mesh():
     """Their slice_index is the host, and parameters may be sharded over hosts."""
-    (group,) = sharding._by_slice(devices := fakes("gpu"), 1)
-    assert [d.id for d in sharding._laid_out((1, 4, 1), group).flat] == [d.id for d in devices]
+    (group,) = slicing.by_slice(devices := fakes("gpu"), 1)
+    assert [d.id for d in sharding._laid_out({"data": 1, "fsdp": 4, "tensor": 1}, group).flat] == [
+        d.id for d in devices
+    ]
 
 
 @pytest.mark.parametrize("shape", [(2, 2, 2), (4, 1, 2), (2, 4, 1)])
@@ -109,7 +112,11 @@ def test_two_slices_compute_what_one_does(monkeypatch, setting):
 @pytest.mark.parametrize(
     ("sizes", "slices", "says"),
     [
-        ((None, 8, 1), 2, r"slices = 2 does not divide mesh.data = 1 .* fsdp \* tensor = 8 has to"),
+        (
+            (None, 8, 1),
+            2,
+            r"slices = 2 does not divide mesh.data = 1 .* mesh.tensor = 8 has to",
+        ),
         ((4, 2, 1), 3, "slices = 3 does not divide mesh.data = 4"),
         ((None, 2, 1), 1, "slices = 1 and the devices lie on 2 slices; set --config.mesh.slices=2"),
         ((None, 2, 1), 4, "slices = 4 and the devices lie on 2 slices; .*--topology=2xv5e:4x4"),
@@ -122,15 +129,15 @@ def test_slices_that_are_not_there_are_refused(scattered, sizes, slices, says):
 
 def test_slices_of_unequal_size_are_refused():
     with pytest.raises(ValueError, match=r"slices have \[1, 2\] devices; give each the same"):
-        sharding._by_slice(fakes("tpu")[:3], 2)
+        slicing.by_slice(fakes("tpu")[:3], 2)
 
 
 def test_the_setting_reaches_the_mesh_before_anything_is_loaded(root, scattered):
     config = tiny.config(root, mesh={"slices": 2, "fsdp": 2})
     one = tiny.config(root, mesh={"fsdp": 2})
     for make in (setup.checked_mesh, lambda c: abstract.prepare(c, jax.devices()).recipe.mesh):
-        assert make(config).devices[0, 0, 0].id == 0
-        assert make(config).devices[1, 0, 0].id == 4  # of the even slice, not 2 in the order
+        assert make(config).devices.flat[0].id == 0
+        assert make(config).devices[1].flat[0].id == 4  # of the even slice, not 2 in the order
         with pytest.raises(ValueError, match=r"set --config.mesh.slices=2"):
             make(one)
     config.mesh.slices = 0
@@ -166,11 +173,11 @@ def test_the_tpus_topology_of_two_slices_is_laid_out_as_jaxs_hybrid_mesh():
     want = mesh_utils.create_hybrid_device_mesh(
         (2, 8, 1), (2, 1, 1), devices=devices, allow_split_physical_axes=True
     )
-    assert mesh.devices.tolist() == want.tolist()
+    assert mesh.devices.ravel().tolist() == want.ravel().tolist()
     assert {device.slice_index for device in mesh.devices[:2].flat} == {0}
     with pytest.raises(ValueError, match=r"set --config.mesh.slices=2"):
         sharding.make_mesh(None, 8, 1, devices=devices)
     one = chips.topology("v5e:4x4").devices
-    assert sharding.make_mesh(None, 8, 1, devices=one).devices.shape == (2, 8, 1)
+    assert sharding.make_mesh(None, 8, 1, devices=one).devices.shape == (2, 8, 1, 1, 1)
     with pytest.raises(ValueError, match="devices lie on 1 slices"):
         sharding.make_mesh(None, 8, 1, slices=2, devices=one)

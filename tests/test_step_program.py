@@ -57,6 +57,8 @@ def test_slots_change_no_step(setting, one_device):
     [
         (2, 2, 2),
         (1, 2, 4),
+        (2, 1, 1, 1, 4),
+        (1, 2, 2, 2),
         pytest.param((8, 1, 1), marks=pytest.mark.slow),
         pytest.param((1, 8, 1), marks=pytest.mark.slow),
     ],
@@ -97,10 +99,11 @@ def test_moments_lie_as_the_parameters_they_belong_to(setting):
     recipe, params, _, _ = setting((2, 2, 2))
     state = init_state(recipe, params)
     adam = state.opt_state[1][0]
-    for name, spec in {"embed": P("tensor", "fsdp"), "final_norm": P("fsdp")}.items():
+    of_width = ("fsdp", "sequence")
+    for name, spec in {"embed": P("tensor", of_width), "final_norm": P(of_width)}.items():
         for tree in (state.params, adam.mu, adam.nu):
             assert tree[name].sharding.spec == spec
-    assert adam.mu["layers"]["q"].sharding.spec == P(None, "fsdp", "tensor", None)
+    assert adam.mu["layers"]["q"].sharding.spec == P(None, of_width, "tensor", None)
     assert adam.count.sharding.spec == P()
     same(state.params, params, 0)
 
@@ -170,7 +173,12 @@ def test_the_step_is_traced_with_its_sharding_constraints(setting):
         for eqn in walk(run.trace(*args).jaxpr)
         if eqn.primitive.name == "sharding_constraint"
     }
-    rows = ("data", "fsdp")
+    rows, decoded = ("data", "fsdp", "expert"), ("data", "fsdp", "expert", "sequence")
     # The scorer's head, the sampler's head, attention heads, and whole rows.
-    wanted = {P(rows, None, "tensor"), P(rows, "tensor"), P(rows, None, "tensor", None), P(rows)}
+    wanted = {
+        P(rows, None, "tensor"),
+        P(decoded, "tensor"),
+        P(rows, "sequence", "tensor", None),
+        P(rows),
+    }
     assert wanted <= specs

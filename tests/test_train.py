@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny
 
-from gopd_jax import advance, checkpoint, metrics, results, train
+from gopd_jax import advance, checkpoint, metrics, results, sharding, train
 from gopd_jax.config import Lora, Model
 from gopd_jax.models import hf, lora
 from gopd_jax.signals import stop_signals
@@ -192,7 +192,7 @@ def test_checkpoint_settings_and_mesh_may_change(root, tmp_path):
     )
     assert begun.step == 6
     params, mesh = begun.state.params, begun.this.mesh
-    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert sharding.shape(mesh) == {"data": 2, "fsdp": 2, "tensor": 2}
     assert params["embed"].sharding.mesh == mesh
     exported = hf.load_params(root / "run" / "export", tiny.CFG)
     for a, b in zip(*map(jax.tree.leaves, (params, exported))):

@@ -18,7 +18,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.sharding import PartitionSpec as P
 
 from gopd_jax.models.architectures import ModelConfig
-from gopd_jax.models.ops import attend, mesh_axes
+from gopd_jax.models.ops import attend, mesh_axes, shards
 
 NAMES = ("xla", "splash", "cudnn")
 # Larger blocks read keys and values less often; 512 is the largest that fits all chips' VMEM.
@@ -34,8 +34,10 @@ def whole_rows(name: str, q_BLHE, k_BKLE, v_BKLE, mask_BxL, *, window=None, slid
     kernel's. window: positions that a sliding layer sees, or None; slides: a bool array, whether
     this layer slides, where layers differ. Queries that see no key give finite values.
     """
-    if name == "xla":
+    if name == "xla" and shards("length") == 1:
         return attend(q_BLHE, k_BKLE, v_BKLE, mask_BxL, None, None)
+    if name == "xla":
+        return _spread(_attend, q_BLHE, k_BKLE, v_BKLE, mask_BxL, window=None)
     window = None if window is None or window >= q_BLHE.shape[1] else window
     given = q_BLHE, k_BKLE, v_BKLE, mask_BxL[:, 0]
     ways = [functools.partial(_spread, KERNELS[name], window=w) for w in (window, None)]
@@ -84,6 +86,10 @@ def _unfit(name: str, cfg: ModelConfig, dtype: str, device) -> str | None:
     return None
 
 
+def _attend(q_BLHE, k_BKLE, v_BKLE, mask_BLL, *, window):
+    return attend(q_BLHE, k_BKLE, v_BKLE, mask_BLL, None, None)
+
+
 def _spread(kernel, q_BLHE, k_BKLE, v_BKLE, valid_BL, *, window):
     """A kernel on each device's own rows and heads; the compiler could not divide it."""
     run = functools.partial(kernel, window=window)
@@ -91,6 +97,10 @@ def _spread(kernel, q_BLHE, k_BKLE, v_BKLE, valid_BL, *, window):
     if mesh.empty:
         return run(q_BLHE, k_BKLE, v_BKLE, valid_BL)
     rows, heads, kv_heads = (mesh_axes(name) for name in ("batch", "heads", "kv_heads"))
+    length = None
+    if shards("length") > 1:
+        (length,) = mesh_axes("length")
+        run = functools.partial(_of_whole_rows, run, axis=length)
     n_rows = q_BLHE.shape[0]
     # shard_map wants equal shares of rows; what is computed for the added ones is cut off again.
     missing = -n_rows % math.prod(mesh.shape[axis] for axis in rows)
@@ -100,11 +110,37 @@ def _spread(kernel, q_BLHE, k_BKLE, v_BKLE, valid_BL, *, window):
     ]
     own = jax.shard_map(
         run,
-        in_specs=(P(rows, None, heads), P(rows, kv_heads), P(rows, kv_heads), P(rows)),
-        out_specs=P(rows, None, heads),
+        in_specs=(P(rows, length, heads), *(P(rows, kv_heads, length),) * 2, P(rows)),
+        out_specs=P(rows, length, heads),
         check_vma=False,  # a pallas_call does not say how its outcome varies
     )
     return own(*given)[:n_rows]
+
+
+def _of_whole_rows(run, q_BLHE, k_BKLE, v_BKLE, valid_BL, *, axis: str):
+    """run(...) of whole rows where each device of an axis has some positions of all heads.
+
+    They swap positions for heads, and back (DeepSpeed-Ulysses, arXiv:2309.14509, section 3): each
+    has as much to do, which it would not have for a part of causal queries, and run need not know.
+    Where there are too few key/value heads to be divided, each device has those that it reads.
+    """
+    n, n_heads, n_kv = jax.lax.axis_size(axis), q_BLHE.shape[2], k_BKLE.shape[1]
+    swap = functools.partial(jax.lax.all_to_all, axis_name=axis, tiled=True)
+    if n_kv % n == 0:
+        k_BKLE, v_BKLE = (swap(x, split_axis=1, concat_axis=2) for x in (k_BKLE, v_BKLE))
+    else:
+        n_own, group = n_heads // n, n_heads // n_kv
+        first = jax.lax.axis_index(axis) * n_own
+        if group % n_own == 0:
+            read = (first // group)[None]
+        else:
+            read = (first + jnp.arange(n_own)) // group
+        k_BKLE, v_BKLE = (
+            jnp.take(jax.lax.all_gather(x, axis, axis=2, tiled=True), read, axis=1)
+            for x in (k_BKLE, v_BKLE)
+        )
+    out_BLHE = run(swap(q_BLHE, split_axis=2, concat_axis=1), k_BKLE, v_BKLE, valid_BL)
+    return swap(out_BLHE, split_axis=1, concat_axis=2)
 
 
 def splash(q_BLHE, k_BKLE, v_BKLE, valid_BL, *, window, interpret: bool = False):

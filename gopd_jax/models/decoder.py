@@ -17,7 +17,7 @@ from flax import struct
 from gopd_jax.models import attention, moe, quantized
 from gopd_jax.models import cache as caching
 from gopd_jax.models.cache import Cache
-from gopd_jax.models.ops import attend, constrain, einsum, on_device, project, rms_norm
+from gopd_jax.models.ops import attend, constrain, einsum, on_device, project, rms_norm, shards
 from gopd_jax.models.params import ModelConfig, Param, table
 from gopd_jax.models.rope import rope_of, rotate
 from gopd_jax.types import Array
@@ -217,8 +217,12 @@ def hidden(decoder: Decoder, params, tokens_BL, valid_BL):
     Position t sees the valid tokens up to t. What stands at invalid positions is finite, and
     changes nothing elsewhere.
     """
+    # Positions that lie on several devices do so in equal numbers.
+    n = tokens_BL.shape[1]
+    missing = (0, 0), (0, -n % shards("length"))
+    tokens_BL, valid_BL = (jnp.pad(x, missing) for x in (tokens_BL, valid_BL))
     x_BLD, _, _ = _whole_rows(decoder, params, tokens_BL, valid_BL)
-    return _final_norm(decoder, params, x_BLD)
+    return _final_norm(decoder, params, x_BLD)[:, :n]
 
 
 def prefill(

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from gopd_jax.models.architectures import ModelConfig
-from gopd_jax.models.ops import einsum, mesh_axes
+from gopd_jax.models.ops import einsum, mesh_axes, shards
 
 
 def routed_mlp(x_BLD, weight, cfg: ModelConfig):
@@ -30,15 +30,17 @@ def routed_mlp(x_BLD, weight, cfg: ModelConfig):
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return _own_experts(x_BLD, weight["router"], *experts, cfg=cfg, axes=())
-    row_axes, expert_axes = (mesh_axes(name) for name in ("batch", "experts"))
-    n_rows = x_BLD.shape[0]
+    expert_axes = mesh_axes("experts")
+    # Devices that hold other experts work for the same tokens.
+    row_axes = tuple(axis for axis in mesh_axes("batch") if axis not in expert_axes)
+    n_rows, lengths = x_BLD.shape[0], [mesh_axes("length")] if shards("length") > 1 else []
     # shard_map wants equal shares of rows; what is computed for the added ones is cut off again.
     missing = -n_rows % math.prod(mesh.shape[axis] for axis in row_axes)
     x_BLD = jnp.pad(x_BLD, ((0, missing), (0, 0), (0, 0)))
     out_BLD = jax.shard_map(
         functools.partial(_own_experts, cfg=cfg, axes=expert_axes),
-        in_specs=(P(row_axes), P(), *(P(expert_axes),) * 3),
-        out_specs=P(row_axes),
+        in_specs=(P(row_axes, *lengths), P(), *(P(expert_axes),) * 3),
+        out_specs=P(row_axes, *lengths),
     )(x_BLD, weight["router"], *experts)
     return out_BLD[:n_rows]
 

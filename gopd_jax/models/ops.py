@@ -64,7 +64,10 @@ def project(x, weight, contract: int = 1):
     weight, scale = quantized.parts(weight, x.dtype)
     leading, out = x.shape[: x.ndim - contract], weight.shape[contract:]
     width = math.prod(weight.shape[:contract])
-    product = einsum("ri,io->ro", x.reshape(-1, width), weight.reshape(width, -1))
+    if shards("length") > 1:  # positions that lie apart cannot be joined to rows that do
+        product = einsum("...i,io->...o", x.reshape(*leading, width), weight.reshape(width, -1))
+    else:
+        product = einsum("ri,io->ro", x.reshape(-1, width), weight.reshape(width, -1))
     if scale is not None:
         product = (product * scale.reshape(-1)).astype(x.dtype)
     return product.reshape(*leading, *out)
@@ -112,3 +115,9 @@ def mesh_axes(name: str) -> tuple[str, ...]:
     """Axes of the mesh on which the rules in force put a logical axis."""
     axes = nn.logical_to_mesh_axes((name,))[0]
     return (axes,) if isinstance(axes, str) else tuple(axes or ())
+
+
+def shards(name: str) -> int:
+    """Among how many devices the rules in force divide a logical axis."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in mesh_axes(name))

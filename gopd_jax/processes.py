@@ -1,0 +1,45 @@
+"""What the processes of a run do together, beside the arrays that they share."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+
+def shared_work() -> dict:
+    """Options for work that the processes divide: share (i, n) of this one, add over all of them.
+
+    Every process has to take part.
+    """
+
+    def add(x):
+        return multihost_utils.process_allgather(x).reshape(-1, *x.shape).sum(0, dtype=x.dtype)
+
+    return {"share": (jax.process_index(), jax.process_count()), "add": add}
+
+
+def largest(n: int) -> jax.Array:
+    """The largest n of all processes, int32, on each of them; every process has to ask.
+
+    It is computed behind what the devices are at: reading it waits for that, asking does not.
+    """
+    everyone = Mesh(np.array(jax.devices()), ("everyone",))
+    n_D = jax.make_array_from_callback(
+        (jax.device_count(),),
+        NamedSharding(everyone, P("everyone")),
+        lambda _: np.full(1, n, np.int32),
+    )
+    return jax.jit(jnp.max, out_shardings=NamedSharding(everyone, P()))(n_D)
+
+
+def in_turn(tree):
+    """The tree, waited for where two programs must not be under way at the same time.
+
+    CPUs of several processes run what is dispatched in any order: two programs whose collectives
+    meet the other way round on another process would wait for each other for ever.
+    """
+    if jax.process_count() > 1 and jax.default_backend() == "cpu":
+        jax.block_until_ready(tree)
+    return tree
