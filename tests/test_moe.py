@@ -57,7 +57,9 @@ def value_and_gradients(function, cfg, x_BLD, weight):
 
 
 @pytest.mark.parametrize(
-    "shape", [None, (2, 2, 2), (1, 1, 4), (2, 1, 2, 2), (1, 1, 1, 4, 2)], ids=str
+    "shape",
+    [None, (2, 2, 2), (1, 1, 4), (1, 1, 1, 2), (2, 1, 1, 4), (1, 2, 2, 2), (1, 1, 1, 4, 2)],
+    ids=str,
 )
 @pytest.mark.parametrize("lean", [0.0, 2.0], ids=["spread", "all to one expert"])
 def test_routed_experts_are_the_weighted_sum_of_those_chosen(shape, lean, make_mesh):
