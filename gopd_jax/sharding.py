@@ -177,6 +177,15 @@ def mesh_problems(mesh: Mesh, abstract_params, logical_axes, *, role: str) -> li
     return list(found.values())
 
 
+def require_experts(mesh: Mesh, *, routed: bool) -> None:
+    """ValueError where the mesh has devices for experts, and no model has routed experts."""
+    if (n := mesh.shape["expert"]) > 1 and not routed:
+        raise ValueError(
+            f"mesh.expert = {n}, and no model has routed experts: its devices would hold other "
+            f"rows and the same weights; leave mesh.expert at 1 and multiply mesh.fsdp by {n}"
+        )
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 

@@ -37,7 +37,10 @@ def routed_mlp(x_BLD, weight, cfg: ModelConfig):
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return _in_chunks(x_BLD, weight["router"], *experts, cfg=cfg, token_axes=(), expert_axes=())
-    rows, length, expert_axes = (mesh_axes(name) for name in ("batch", "length", "experts"))
+    rows, length, expert_axes = (
+        tuple(axis for axis in mesh_axes(name) if mesh.shape[axis] > 1)
+        for name in ("batch", "length", "experts")
+    )
     n_rows, n_positions = x_BLD.shape[:2]
     # shard_map wants equal shares; what is computed for the added tokens is cut off again.
     missing = [
