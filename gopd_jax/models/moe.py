@@ -68,26 +68,28 @@ def _in_chunks(x_BLD, router_DR, *experts, cfg: ModelConfig, token_axes, expert_
     tokens_nD = x_BLD.reshape(-1, x_BLD.shape[-1])
     n_tokens = tokens_nD.shape[0]
     n_chunks = -(-n_tokens * jax.lax.axis_size(met) // AT_ONCE) if met else -(-n_tokens // AT_ONCE)
-    if token_axes:  # or the gradients of each chunk would be added over the devices on their own
-        router_DR = _differing(router_DR, token_axes)
-        others = tuple(axis for axis in token_axes if axis not in expert_axes)
-        experts = [_differing(x, others) for x in experts]
     own = functools.partial(
         _own_experts, cfg=cfg, met=met, expert_axes=expert_axes, dtype=x_BLD.dtype
     )
     if n_chunks <= 1:
         return own(tokens_nD, router_DR, *experts).reshape(x_BLD.shape)
-    # Cast back where they are used: their gradient is added up over the chunks in float32.
-    experts = [x.astype(jnp.float32) for x in experts]
+    size = -(-n_tokens // n_chunks)
     # Or the backward pass would keep what is as long as the pairs, of all chunks.
     own = jax.checkpoint(own, prevent_cse=False)
-    size = -(-n_tokens // n_chunks)
-    tokens_nD = jnp.pad(tokens_nD, ((0, n_chunks * size - n_tokens), (0, 0)))
-    out_CnD = jax.lax.map(
-        lambda tokens_nD: own(tokens_nD, router_DR, *experts),
-        tokens_nD.reshape(n_chunks, size, -1),
-    )
-    return out_CnD.reshape(tokens_nD.shape)[:n_tokens].reshape(x_BLD.shape)
+
+    @jax.checkpoint  # so that of the weights nothing is kept but what came in
+    def chunks(tokens_nD, router_DR, *experts):
+        # Or the gradients of each chunk would be added over the devices on their own.
+        router_DR = _differing(router_DR, token_axes)
+        others = tuple(axis for axis in token_axes if axis not in expert_axes)
+        # Cast back where they are used: their gradient is added up over the chunks in float32.
+        experts = [_differing(x, others).astype(jnp.float32) for x in experts]
+        tokens_nD = jnp.pad(tokens_nD, ((0, n_chunks * size - n_tokens), (0, 0)))
+        tokens_CnD = tokens_nD.reshape(n_chunks, size, -1)
+        return jax.lax.map(lambda tokens_nD: own(tokens_nD, router_DR, *experts), tokens_CnD)
+
+    out_nD = chunks(tokens_nD, router_DR, *experts).reshape(-1, x_BLD.shape[-1])
+    return out_nD[:n_tokens].reshape(x_BLD.shape)
 
 
 def _own_experts(
