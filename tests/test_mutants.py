@@ -12,6 +12,7 @@ from benchmarks.mutants_list import MUTANTS, Mutant
 ROOT = Path(__file__).resolve().parents[1]
 STEP = (
     "models/cache",
+    "models/moe",
     "update",
     "heads",
     "step",
