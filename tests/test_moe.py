@@ -98,6 +98,19 @@ def test_a_bound_on_tokens_at_one_time_changes_nothing(shape, make_mesh, monkeyp
         np.testing.assert_allclose(g, w, atol=1e-5 * max(1.0, float(np.abs(w).max())))
 
 
+@pytest.mark.parametrize("at_once", [8, 8192])
+def test_positions_may_lie_on_an_axis_too(at_once, make_mesh, monkeypatch):
+    """Five positions over two devices, three rows over two."""
+    monkeypatch.setattr(moe, "AT_ONCE", at_once)
+    x_BLD, weight = tokens(), weights()
+    want = value_and_gradients(by_all_experts, MOE, x_BLD, weight)
+    rules = (*sharding.TRAIN, ("length", "sequence"))
+    with sharding.use(make_mesh((1, 1, 2, 2, 2)), rules):
+        got = value_and_gradients(moe.routed_mlp, MOE, x_BLD, weight)
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(g, w, atol=1e-5 * max(1.0, float(np.abs(w).max())))
+
+
 def test_memory_does_not_grow_with_the_pairs_of_all_tokens(monkeypatch):
     """Of 2048 tokens: pairs of 128 at one time take little beside the tokens, also backwards."""
     x_BLD, cfg = tokens(2048 // 5), dataclasses.replace(MOE, num_experts_per_tok=4)
