@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from gopd_jax import sharding, step
+from gopd_jax.models import moe
 from gopd_jax.models import params as lm_params
 from gopd_jax.models.decoder import Decoder
 from gopd_jax.recipe import init_state
@@ -30,11 +31,12 @@ def routed(mesh, dense: Decoder, seed: int):
     )
 
 
-def two_steps(setting, shape):
+def two_steps(setting, shape, remat=None):
     """(state, rollout, metrics) on the host after two fused steps of a routed student that learns
     from a routed teacher and a dense one."""
     recipe, _, frozen, prompts = setting(shape)
     student, params = routed(recipe.mesh, recipe.student, 0)
+    student = dataclasses.replace(student, remat=remat)
     teacher, teacher_params = routed(recipe.mesh, recipe.student, 1)
     teachers = teacher, recipe.teachers[1]
     recipe = dataclasses.replace(recipe, student=student, teachers=teachers)
@@ -51,11 +53,18 @@ def one_device(setting):
     return two_steps(setting, (1, 1, 1))
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1, 4), (1, 2, 2, 2)], ids=str)
-def test_a_mesh_with_devices_for_experts_takes_the_same_two_steps(setting, one_device, shape):
+@pytest.mark.parametrize(
+    ("shape", "remat", "at_once"),
+    [((1, 1, 1, 4), None, moe.AT_ONCE), ((1, 2, 2, 2), "layers", 16)],
+    ids=str,
+)
+def test_a_mesh_with_devices_for_experts_takes_the_same_two_steps(
+    setting, one_device, shape, remat, at_once, monkeypatch
+):
     """Decoding with a cache, scores, gradients and moments; 6 and 10 rows of the two tasks."""
     want_state, want_rollout, want_metrics = one_device
-    state, rollout, metrics = two_steps(setting, shape)
+    monkeypatch.setattr(moe, "AT_ONCE", at_once)  # tokens of a microbatch: 11 of 8 rows
+    state, rollout, metrics = two_steps(setting, shape, remat)
     np.testing.assert_array_equal(rollout.tokens_BL, want_rollout.tokens_BL)
     jax.tree.map(
         lambda got, want: np.testing.assert_allclose(got, want, atol=2e-5),
