@@ -1425,6 +1425,30 @@ MUTANTS = (
         ),
     ),
     *_of(
+        "models/moe.py",
+        (
+            "experts-counted-along-one-axis",
+            "which experts a device has is read off the last of their axes alone",
+            "jax.lax.axis_index(expert_axes) * n_own",
+            "jax.lax.axis_index(expert_axes[-1:]) * n_own",
+            "test_moe.py::test_a_bound_on_tokens_at_one_time_changes_nothing[(1, 2, 2, 2)]",
+        ),
+        (
+            "gradient-of-own-experts-alone",
+            "a token's gradient misses what the other devices' experts add to it",
+            "= _differing(tokens_nD, alike), _differing(chance_nA, alike)",
+            "= tokens_nD, _differing(chance_nA, alike)",
+            "test_moe.py::test_a_bound_on_tokens_at_one_time_changes_nothing[(1, 2, 2, 2)]",
+        ),
+        (
+            "experts-gradient-added-in-each-chunk",
+            "the gradient of the experts goes over the network once a chunk",
+            "experts = [_differing(x, others).astype(jnp.float32) for x in experts]",
+            "experts = [x.astype(jnp.float32) for x in experts]",
+            "test_moe.py::test_gradients_are_added_over_rows_once_and_not_in_each_chunk",
+        ),
+    ),
+    *_of(
         "step.py",
         (
             "evaluated-in-8-bits",

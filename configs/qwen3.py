@@ -40,7 +40,7 @@ Expected: not measured; no run of this size has been made with this code.
 Student and reference are one model, given twice; another student takes --config.student.path and
 --config.reference.path. On another number of chips set --config.mesh.fsdp (rows and weights),
 --config.mesh.tensor (a divisor of the 8 key/value heads, of the 4 that Qwen3-30B-A3B has) and
---config.batch.microbatches.
+--config.batch.microbatches; docs/plan.md says when "4b_moe" gains by --config.mesh.expert.
 """
 
 from gopd_jax.config import (

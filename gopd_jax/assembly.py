@@ -3,7 +3,7 @@
 import dataclasses
 
 from gopd_jax import config as settings
-from gopd_jax import data
+from gopd_jax import data, sharding
 from gopd_jax.critic import Critic
 from gopd_jax.method import teachers_of
 from gopd_jax.models import attention
@@ -41,8 +41,9 @@ def recipe_of(c: settings.Config, mesh, goal, roles, teachers: tuple[str, ...], 
     """What the step is compiled from.
 
     goal: its Objective; roles: name -> setup.Role; teachers: names of those that score or write;
-    stop: ids that end a completion.
+    stop: ids that end a completion. ValueError for devices of experts where no role has any.
     """
+    sharding.require_experts(mesh, routed=any(r.decoder.cfg.traits.routed for r in roles.values()))
     n_updates = c.batch.updates * c.batch.epochs
     schedule = dataclasses.asdict(c.optimizer)
     schedule["warmup_steps"] *= n_updates

@@ -93,6 +93,7 @@ def open_model(
     problems += chat.fits(cfg.vocab_size)
     if problems:
         raise ValueError("\n".join(problems))
+    sharding.require_experts(mesh, routed=cfg.traits.routed)
     return Model(path=str(path), mesh=mesh, decoder=Decoder(cfg, dtype=dtype), tokenizer=chat)
 
 

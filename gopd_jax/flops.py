@@ -110,7 +110,8 @@ def _of(eqn, known: _Known, shares: dict[int, int]) -> Work:
     for inner in _called(params):
         called += count(inner, shares)
     if name == "shard_map":
-        manual = params.get("manual_axes") or params["mesh"].axis_names
+        # Along the other axes the compiler divides what is counted whole.
+        manual = params["newly_manual_axes"]
         return called.times(math.prod(params["mesh"].shape[axis] for axis in manual))
     return called
 
@@ -123,8 +124,10 @@ def _shares(params: dict) -> dict[int, int]:
     for var, spec in zip(params["jaxpr"].invars, params["in_specs"]):
         if len(var.aval.shape) == 3 and len(spec) and spec[0] is not None:
             axes = spec[0] if isinstance(spec[0], tuple) else (spec[0],)
-            if {*axes} <= {*sharding.EXPERTS}:
-                found[var.aval.shape[0]] = math.prod(params["mesh"].shape[axis] for axis in axes)
+            shared = [axis for axis in axes if axis in sharding.EXPERTS]
+            n = math.prod(params["mesh"].shape[axis] for axis in shared)
+            # Rows lie along some of these axes too; groups of the same number lie along all.
+            found[var.aval.shape[0]] = max(n, found.get(var.aval.shape[0], 1))
     return found
 
 

@@ -121,12 +121,11 @@ def _names(sizes: dict[str, int]) -> str:
 def _laid_out(sizes: dict[str, int], devices: list) -> np.ndarray:
     """The devices of one slice as an array of AXES, neighbours by their links on a TPU.
 
-    Not jax.make_mesh elsewhere: it has no order for GPUs but theirs, and refuses several hosts.
+    On others in their own order, as jax has none for them.
     """
     grid = np.array(devices, dtype=object)
     if devices[0].platform == "tpu":
-        # Axes may part a ring of links: jax.make_mesh allows that on v5e alone, and refuses 32 x 8
-        # of 16 x 16 elsewhere.
+        # An axis may take part of a torus, which jax.make_mesh refuses but on v5e.
         used = tuple(_used(sizes).values())
         grid = mesh_utils.create_device_mesh(used, devices, allow_split_physical_axes=True)
     return grid.reshape(tuple(sizes.values()))
@@ -187,6 +186,15 @@ def mesh_problems(mesh: Mesh, abstract_params, logical_axes, *, role: str) -> li
                     f"does not divide; choose a divisor of {size}"
                 )
     return list(found.values())
+
+
+def require_experts(mesh: Mesh, *, routed: bool) -> None:
+    """ValueError where the mesh has devices for experts, and no model has routed experts."""
+    if (n := mesh.shape["expert"]) > 1 and not routed:
+        raise ValueError(
+            f"mesh.expert = {n}, and no model has routed experts: its devices would hold other "
+            f"rows and the same weights; leave mesh.expert at 1 and multiply mesh.fsdp by {n}"
+        )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -43,6 +43,8 @@ CASES = {
     "qwen3_v5e_4x4_tensor": lambda: (qwen("Qwen/Qwen3-1.7B", Mesh(fsdp=4, tensor=4)), 16),
     "microworld_2x2x2": lambda: (microworld(Mesh(data=2, fsdp=2, tensor=2)), 8),
     "moe_2x2x2": lambda: (qwen("Qwen/Qwen3-30B-A3B", Mesh(data=2, fsdp=2, tensor=2)), 8),
+    # docs/plan.md: its 128 experts over 4 devices, whose rows differ.
+    "moe_expert": lambda: (qwen("Qwen/Qwen3-30B-A3B", Mesh(fsdp=16, expert=4)), 64),
     "microworld_sequence": lambda: (microworld(Mesh(data=2, sequence=2, tensor=2)), 8),
     "lora_2x2x2": lambda: (
         qwen("Qwen/Qwen3-1.7B", Mesh(data=2, fsdp=2, tensor=2), lora=Lora(rank=16)),

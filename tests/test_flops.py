@@ -142,7 +142,16 @@ def test_a_shard_map_counts_for_every_device(make_mesh):
         assert work(rows, A, B).total == 4 * ONE
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 1, 1), (1, 1, 4), (2, 2, 2)])
+def test_a_shard_map_over_rows_counts_once_what_the_compiler_divides(make_mesh):
+    with sharding.use(make_mesh((2, 2, 2))):
+        counted = work(lambda b, a: sharding.over_rows(lambda b, a: a @ b, b, a), B, A)
+    assert counted.total == ONE
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 1, 1), (2, 1, 1), (1, 1, 4), (2, 2, 2), (1, 1, 1, 4), (2, 1, 2, 2)],
+)
 def test_experts_count_each_pair_of_a_token_and_its_expert_once_on_any_mesh(make_mesh, shape):
     cfg, mesh = MOE, make_mesh(shape)
     n, d, f = cfg.num_experts, cfg.hidden_size, cfg.moe_intermediate_size

@@ -329,8 +329,9 @@ def test_an_attention_that_the_devices_do_not_run_is_refused_by_plan_and_run(roo
 
 def test_a_mesh_that_does_not_divide_is_refused(root):
     for mesh, says in (
-        (Mesh(data=3), r"mesh data \* fsdp \* tensor = 3 \* 1 \* 1 = 3 and there are 8 devices"),
+        (Mesh(data=3), r"mesh.data \* .* \* mesh.tensor = 3 \* 1 \* 1 = 3 and there are 8 devices"),
         (Mesh(tensor=8), "student has 4 along 'heads', which mesh.tensor = 8 does not divide"),
+        (Mesh(expert=2), r"mesh.expert = 2, and no model has routed experts.* mesh.fsdp by 2"),
     ):
         with pytest.raises(ValueError, match=says):
             abstract.prepare(tiny.config(root, mesh=mesh), jax.devices())

@@ -124,6 +124,8 @@ def test_every_mesh_gives_the_same(root, data, want, shape):
     same(score.score_rows(model, data, batch=8), want)
     with pytest.raises(ValueError, match=r"batch is 3 .* = 4 shards.*a multiple of 4"):
         score.score_rows(model, data, batch=3)
+    with pytest.raises(ValueError, match=r"mesh.expert = 2, and no model has routed experts"):
+        command.open_model(root / "base", expert=2)
 
 
 def test_bfloat16_is_near(root, data, want):

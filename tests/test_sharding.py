@@ -116,6 +116,18 @@ def test_each_device_holds_some_of_the_experts_and_the_whole_choice(make_mesh):
     assert any(
         text.startswith("teacher has 4 along 'experts', which mesh.tensor = 8") for text in problems
     )
+    assert sharding.mesh_problems(make_mesh((1, 1, 1, 4)), *found, role="teacher") == []
+    assert sharding.mesh_problems(make_mesh((1, 1, 1, 8)), *found, role="teacher") == [
+        "teacher has 4 along 'experts', which mesh.expert * mesh.tensor = 8 * 1 does not divide; "
+        "choose a divisor of 4"
+    ]
+
+
+def test_devices_for_experts_ask_for_a_model_that_has_some(make_mesh):
+    sharding.require_experts(make_mesh((1, 2, 1)), routed=False)
+    sharding.require_experts(make_mesh((1, 1, 1, 4)), routed=True)
+    with pytest.raises(ValueError, match=r"mesh.expert = 4, and no .* multiply mesh.fsdp by 4"):
+        sharding.require_experts(make_mesh((1, 1, 1, 4)), routed=False)
 
 
 def test_dimensions_that_the_mesh_does_not_divide_are_named(make_model, make_mesh):

@@ -181,3 +181,15 @@ def test_the_tpus_topology_of_two_slices_is_laid_out_as_jaxs_hybrid_mesh():
     assert sharding.make_mesh(None, 8, 1, devices=one).devices.shape == (2, 8, 1, 1, 1)
     with pytest.raises(ValueError, match="devices lie on 1 slices"):
         sharding.make_mesh(None, 8, 1, slices=2, devices=one)
+
+
+@pytest.mark.tpu
+def test_an_axis_may_take_a_part_of_a_torus_and_whole_ones_lie_as_jax_lays_them():
+    pytest.importorskip("libtpu", reason='the TPU compiler: pip install "jax[tpu]"')
+    devices = chips.topology("v5p:4x4x4").devices
+    mesh = sharding.make_mesh(None, 8, 1, expert=8, devices=devices)
+    assert mesh.devices.shape == (1, 8, 8, 1, 1)
+    assert {*mesh.devices.flat} == {*devices}
+    want = jax.make_mesh((16, 4), ("fsdp", "tensor"), devices=devices)
+    got = sharding.make_mesh(None, 16, 4, devices=devices)
+    assert got.devices.ravel().tolist() == want.devices.ravel().tolist()
