@@ -1406,13 +1406,6 @@ MUTANTS = (
             "first = jax.lax.axis_index(axis)",
             "test_sequence.py::test_a_devices_heads_may_read_parts_of_two_groups",
         ),
-        (
-            "place-in-a-group-for-the-group",
-            "the number of a head in its group is taken for the group's",
-            "read = (first // group)[None]",
-            "read = (first % group)[None]",
-            "test_sequence.py::test_attention_swaps_positions_for_heads_and_back[4-2-xla]",
-        ),
     ),
     *_of(
         "sharding.py",

@@ -122,7 +122,9 @@ def update_of(setting, shape, **changes):
     return update.lower(state, rollout, scores, frozen).compile()
 
 
-@pytest.mark.parametrize("changes", [{}, {"objective": EXACT, "routes": ((1, 1),)}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"objective": EXACT, "routes": ((1, 1),)}], ids=["sampled", "exact"]
+)
 def test_a_device_holds_its_own_positions_of_activations(setting, changes):
     """Rows of 64 positions, 32 wide, MLPs 48 wide, on four devices."""
     compiled = {n: update_of(setting, (1, 1, 1, 1, n), **changes) for n in (1, 4)}
