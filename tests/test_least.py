@@ -124,8 +124,9 @@ def small_qwen3(tmp_path_factory):
     return str(directory)
 
 
-@pytest.mark.tpu
-def test_a_turn_of_decoding_moves_little_more_than_weights_and_cache(root, small_qwen3):
+@pytest.fixture(scope="module")
+def on_a_v5e(root, small_qwen3):
+    """The plan of one of its phases: bfloat16, 32 rows of 256 + 768, four of them at a time."""
     pytest.importorskip("libtpu", reason='the TPU compiler: pip install "jax[tpu]"')
     model = Model(path=small_qwen3, dtype="bfloat16")
     config = tiny.config(
@@ -134,18 +135,30 @@ def test_a_turn_of_decoding_moves_little_more_than_weights_and_cache(root, small
         reference=dataclasses.replace(model),
         teachers={task: dataclasses.replace(model) for task in ("math", "code")},
         mesh=Mesh(data=1, fsdp=4, tensor=1),
-        batch={"prompts": 32},
+        batch={"prompts": 32, "microbatches": 8, "head_chunk": 256, "remat": "layers"},
         data={"prompt_length": 256},
         sampling={"completion_length": 768},
     )
-    this = plan.plan(config, chips.topology("v5e:2x2"), names=("generate",))
+    return lambda name: plan.plan(config, chips.topology("v5e:2x2"), names=(name,))
+
+
+@pytest.mark.tpu
+def test_a_turn_of_decoding_moves_little_more_than_weights_and_cache(on_a_v5e):
+    this = on_a_v5e("generate")
     (one,) = this.found
     it = least.decode(this.run, one.loops)
     assert it.turns == 767
     vmem = 2**27  # of a v5e: weights that stay there are read from HBM once for all turns
     assert it.weights + it.cache - vmem < it.moved < 1.1 * (it.weights + it.cache)
     assert it.of_live < 1.3
-    # The weights are gathered once for the rollout, and for no turn of it.
-    assert sum(one.sent.values()) < 1.05 * least.sent(this.run, "generate")
     told = plan.report(this)
     assert f"{it.of_all:.2f} times that; {it.of_live:.2f} times weights and what the cache" in told
+
+
+@pytest.mark.tpu
+def test_the_whole_step_sends_little_more_than_the_sharding_asks_for(on_a_v5e):
+    this = on_a_v5e("fused")
+    (one,) = this.found
+    ratio = sum(one.sent.values()) / least.sent(this.run, "fused")
+    assert 0.95 < ratio < 1.5
+    assert f"{ratio:.2f} times the" in plan.report(this)
