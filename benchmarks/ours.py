@@ -1,6 +1,6 @@
 """This project as a contender of `benchmarks.speed`: the fused step, then its stages apart.
 
-The workload's JSON may also hold: loss, lam, n_teachers, microbatches, head_chunk, slots, devices
+The workload's JSON may also hold: loss, lam, n_teachers, microbatches, head_chunk, RECIPE, devices
 (emulated, one mesh axis "data"), and mean_length: completions then end at random, geometrically,
 at that mean, as an untrained model's do where that share of the ids ends a completion. only:
 "generate", where a step is to be the rollout alone. memory: true, where nothing is to be compiled
@@ -24,14 +24,17 @@ if "cache" in told:
     jax.config.update("jax_compilation_cache_dir", told["cache"])
 
 from benchmarks import workloads  # noqa: E402
-from gopd_jax import flops, sharding, step  # noqa: E402
+from gopd_jax import flops, memory, sharding, step  # noqa: E402
+
+# Of the recipe as they are.
+RECIPE = ("slots", "buckets", "sampling_buckets", "cache_dtype", "sampling_dtype")
 
 
 def made():
     sizes = {role: workloads.Size(**told[role]) for role in ("student", "teacher")}
     names = ("vocab", "rows", "prompt", "new", "n_teachers", "microbatches", "head_chunk")
     work = workloads.Workload(**sizes, **{name: told[name] for name in names if name in told})
-    changes = {"slots": told.get("slots")}
+    changes = {name: told[name] for name in RECIPE if name in told}
     if (mean := told.get("mean_length")) is not None:
         ends = round(work.vocab / mean)
         changes["eos_ids"] = tuple(range(work.vocab - ends, work.vocab))
@@ -123,6 +126,7 @@ class Run:
 
 
 if __name__ == "__main__":
+    memory.give_back_after_compiling()  # as main does
     run = Run()
     line = {"name": "gopd_jax", "versions": {"jax": jax.__version__}, "first_step": run.first}
     if not told.get("memory"):

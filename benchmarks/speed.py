@@ -46,12 +46,13 @@ def workload(name: str, **changes) -> dict:
 # A head of Qwen3's vocabulary behind a small body: what the vocabulary costs is most of it.
 WIDE = workload("tiny", vocab=151_936, rows=8, prompt=16, new=32, head_chunk=8)
 # Completions of other lengths, a quarter of the longest in the mean.
-RAGGED = workload("small", rows=128, mean_length=32, only="generate")
+RAGGED = workload("small", rows=128, mean_length=32)
+ROLLOUT = {"only": "generate"}
 
 # {group: {variant: workload}}; the first one is what the others are divided by.
 GROUPS = {
-    "tiny": {"gopd_jax": workload("tiny", microbatches=4)},
-    "small": {"gopd_jax": workload("small", microbatches=4)},
+    "tiny": {"gopd_jax": workload("tiny", microbatches=4) | {"sampling_buckets": 4}},
+    "small": {"gopd_jax": workload("small", microbatches=4) | {"sampling_buckets": 4}},
     # In pieces of 8 rows throughout.
     "batch": {
         "32 rows": workload("small", microbatches=4),
@@ -78,10 +79,24 @@ GROUPS = {
         "whole vocabulary, lambda 1.25": WIDE | {"lam": 1.25, "loss": "exact"},
     },
     "slots": {
-        "all 128 rows": RAGGED,
-        "64 slots": RAGGED | {"slots": 64},
-        "32 slots": RAGGED | {"slots": 32},
-        "16 slots": RAGGED | {"slots": 16},
+        "all 128 rows": RAGGED | ROLLOUT,
+        "64 slots": RAGGED | ROLLOUT | {"slots": 64},
+        "32 slots": RAGGED | ROLLOUT | {"slots": 32},
+        "16 slots": RAGGED | ROLLOUT | {"slots": 16},
+    },
+    "cache": {
+        "all slots of the cache": workload("small") | ROLLOUT,
+        "of 4 widths": workload("small") | ROLLOUT | {"sampling_buckets": 4},
+        "of 4 widths, int8": workload("small")
+        | ROLLOUT
+        | {"sampling_buckets": 4, "cache_dtype": "int8"},
+        "of 4 widths, int8, weights too": workload("small")
+        | ROLLOUT
+        | {"sampling_buckets": 4, "cache_dtype": "int8", "sampling_dtype": "int8"},
+    },
+    "buckets": {
+        "pieces of full length": RAGGED | {"microbatches": 16, "slots": 32},
+        "of 4 widths": RAGGED | {"microbatches": 16, "slots": 32, "buckets": 4},
     },
 }
 WITH_PEERS = ("tiny", "small")

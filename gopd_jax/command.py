@@ -16,7 +16,7 @@ import numpy as np
 from absl import flags
 from jax.sharding import Mesh
 
-from gopd_jax import hub, metrics, records, sharding
+from gopd_jax import hub, memory, metrics, records, sharding
 from gopd_jax.checkpoint import differences
 from gopd_jax.models import hf
 from gopd_jax.models import params as lm_params
@@ -253,6 +253,7 @@ def run(values: flags.FlagValues, doc: str, work: Callable, argv: list[str]) -> 
         mesh = {name: given.pop(f"mesh.{name}") for name in (*sharding.AXES, "slices")}
         cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", Path.home() / ".cache/gopd_jax/xla")
         jax.config.update("jax_compilation_cache_dir", str(cache))
+        memory.give_back_after_compiling()
         options = {name: given.pop(name) for name in ("dtype", "template")}
         model = open_model(given.pop("model"), **options, **mesh)
         n_rows = work(model, given.pop("data"), out := given.pop("out"), **given)

@@ -19,6 +19,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from gopd_jax import memory
 from gopd_jax.config import Config, accept_none
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Preset, such as configs/exopd.py.")
@@ -44,6 +45,7 @@ def main(argv):
         jax.distributed.initialize(COORDINATOR.value, PROCESSES.value, PROCESS.value)
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", Path.home() / ".cache/gopd_jax/xla")
     jax.config.update("jax_compilation_cache_dir", str(cache))
+    memory.give_back_after_compiling()
 
     from gopd_jax import report, train
 

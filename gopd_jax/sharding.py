@@ -22,13 +22,11 @@ from jax.sharding import PartitionSpec as P
 from gopd_jax.slices import by_slice
 
 AXES = ("data", "fsdp", "expert", "sequence", "tensor")
-# Of the axes, those that are only told of where they are used.
-_SELDOM = ("expert", "sequence")
+_SELDOM = ("expert", "sequence")  # those that are only told of where they are used
 # Those that `plan --search` chooses.
 SEARCHED = tuple(axis for axis in AXES if axis not in _SELDOM)
 ROWS = ("data", "fsdp", "expert")
-# While tokens are decoded.
-DECODE_ROWS = (*ROWS, "sequence")
+DECODE_ROWS = (*ROWS, "sequence")  # while tokens are decoded
 EXPERTS = ("expert", "tensor")
 # Of parameters and what belongs to them: devices that share a row need no copies of their own.
 WEIGHTS = ("fsdp", "sequence")
@@ -295,8 +293,7 @@ def whole(tree):
 
 
 def over_shards(function, weights, positions, rows, *, apart: bool = True):
-    """function(weights, positions, rows), each shard of rows and of positions by itself; inside a
-    jit.
+    """Inside a jit: function(weights, positions, rows), each shard of rows and positions by itself.
 
     positions: a tree of [B, C, ...]; rows: of [B, ...]; function gives a tree of [B, C] for what it
     is given of them, and asks nothing of other rows (apart False: may ask for those of all shards)

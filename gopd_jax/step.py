@@ -11,7 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from gopd_jax import batching, heads, memory, sampler, scoring, sharding
+from gopd_jax import batching, heads, sampler, scoring, sharding
 from gopd_jax.models import lora
 from gopd_jax.models.decoder import Decoder
 from gopd_jax.recipe import Frozen, Recipe, following, state_shardings
@@ -167,7 +167,6 @@ def judging(recipe: Recipe, decoder: Decoder) -> Callable:
 
 def compiled(recipe: Recipe, function: Callable, out_shardings, donate=()) -> Callable:
     """jit of a function that is traced, lowered and called on the recipe's mesh."""
-    memory.give_back_after_compiling()
     jitted = jax.jit(function, out_shardings=out_shardings, donate_argnums=donate)
 
     def on_mesh(method):
