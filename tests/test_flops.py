@@ -144,7 +144,7 @@ def test_a_shard_map_counts_for_every_device(make_mesh):
 
 def test_a_shard_map_over_rows_counts_once_what_the_compiler_divides(make_mesh):
     with sharding.use(make_mesh((2, 2, 2))):
-        counted = work(lambda b, a: sharding.over_rows(lambda b, a: a @ b, b, a), B, A)
+        counted = work(lambda b, a: sharding.over_shards(lambda b, _, a: a @ b, b, (), a), B, A)
     assert counted.total == ONE
 
 

@@ -247,6 +247,7 @@ def test_where_all_fit_the_fastest_is_compiled_and_no_other(ranked):
     assert len(values["not_compiled"]) == len(found) - 1
 
 
+@pytest.mark.slow
 def test_what_cannot_fit_is_not_compiled(root):
     config, there, found = space_of(root)
     bounds = sorted(one.bound for one in found)
