@@ -174,7 +174,7 @@ def test_the_step_is_traced_with_its_sharding_constraints(setting):
         if eqn.primitive.name == "sharding_constraint"
     }
     rows, decoded = ("data", "fsdp", "expert"), ("data", "fsdp", "expert", "sequence")
-    # The scorer's head in its own shard of rows, the sampler's head, the MLP, attention heads, rows.
+    # The scorer's head in its own shard, the sampler's head, the MLP, attention heads, rows.
     wanted = {
         P(None, None, "tensor"),
         P(decoded, "tensor"),
