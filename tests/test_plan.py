@@ -499,5 +499,5 @@ def test_a_shape_that_no_tpu_has_is_refused():
 def test_an_axis_may_part_a_ring_of_links_on_every_kind(topology):
     devices = chips.topology(topology).devices
     mesh = sharding.make_mesh(1, 8, 2, devices=devices)
-    assert mesh.devices.shape == (1, 8, 2)
+    assert sharding.shape(mesh) == {"data": 1, "fsdp": 8, "tensor": 2}
     assert {*mesh.devices.flat} == {*devices}
