@@ -25,16 +25,14 @@ import contender
 import numpy as np
 import torch
 from datasets import Dataset
+from peer_torch import LEARNING_RATE, causal_lm
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     PreTrainedTokenizerFast,
-    Qwen3Config,
-    Qwen3ForCausalLM,
     TrainerCallback,
 )
 from trl.experimental.iw_opd import IWOPDConfig, IWOPDTrainer
 
-LEARNING_RATE = 1e-5
 EPOCH = 64  # batches of other prompts, before the first ones come again
 
 
@@ -52,22 +50,7 @@ def id_tokenizer(vocab: int) -> PreTrainedTokenizerFast:
 
 def saved(folder: Path, size: dict, vocab: int, positions: int, tokenizer, seed: int) -> str:
     """The path of a Qwen3 with random float32 weights: the trainer reads tokenizers from paths."""
-    torch.manual_seed(seed)
-    config = Qwen3Config(
-        vocab_size=vocab,
-        hidden_size=size["hidden"],
-        intermediate_size=size["intermediate"],
-        num_hidden_layers=size["layers"],
-        num_attention_heads=size["heads"],
-        num_key_value_heads=size["kv_heads"],
-        head_dim=size["head_dim"],
-        max_position_embeddings=positions,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-        rms_norm_eps=1e-6,
-        tie_word_embeddings=True,
-        dtype=torch.float32,
-    )
-    Qwen3ForCausalLM(config).save_pretrained(folder)
+    causal_lm(size, vocab, positions, seed).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 

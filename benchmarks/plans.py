@@ -172,6 +172,10 @@ whole cache (over weights and what the cache holds on average); under *received*
 from others in the step, over what the sharding asks for. Training runs `fused`. Made by
 `python -m benchmarks.plans`, which continues the record beside it
 ({versions}).
+
+The present record was made before the head's products were counted once under `tensor` > 1: PFLOP
+and compute seconds of score, update and fused are too high by up to a tenth (744 PFLOP, not 814,
+for the score of 4b_moe on v5p:4x4x4). Memory and decoding are not touched by that.
 """
 
 

@@ -1,6 +1,7 @@
 """Positions of a row on several devices: the step of one device, in less memory on each."""
 
 import dataclasses
+import itertools
 import re
 
 import jax
@@ -25,12 +26,17 @@ BY_TENSOR, BY_FSDP = (2, 1, 2, 1, 2), (1, 2, 1, 1, 4)
 EXACT = objective.build(lam=1.25, loss="exact", reduction="token_mean")
 
 
-@pytest.mark.parametrize("name", ["xla", "cudnn by xla", "splash interpreted"])
-@pytest.mark.parametrize(("n", "n_kv"), [(4, 4), (4, 2), (4, 1), (2, 2)])
-def test_attention_swaps_positions_for_heads_and_back(make_mesh, name, n, n_kv):
+# What differs is around the kernel, and one that is interpreted takes long.
+HEADS = [
+    *itertools.product(["xla", "cudnn by xla"], [(4, 4), (4, 2), (4, 1), (2, 2)]),
+    ("splash interpreted", (4, 2)),
+]
+
+
+@pytest.mark.parametrize(("name", "heads"), HEADS, ids=str)
+def test_attention_swaps_positions_for_heads_and_back(make_mesh, name, heads):
     """Key/value heads that divide over the devices, and too few of them."""
-    if name == "splash interpreted" and (n, n_kv) != (4, 2):
-        pytest.skip("slow, and what differs is around the kernel")
+    n, n_kv = heads
     with sharding.use(make_mesh((2, 1, 1, 1, n))):
         compare(name, drawn(n_kv), valid())
         compare(name, drawn(n_kv), valid(), 4)
