@@ -61,6 +61,9 @@ GROUPS = {
     "length": {
         "64 + 128 tokens": workload("small", microbatches=4),
         "128 + 256 tokens": workload("small", prompt=128, new=256, microbatches=4),
+        "64 + 128 tokens, 8 widths": workload("small", microbatches=4) | {"sampling_buckets": 8},
+        "128 + 256 tokens, 8 widths": workload("small", prompt=128, new=256, microbatches=4)
+        | {"sampling_buckets": 8},
     },
     "teachers": {
         "1 teacher": workload("small", microbatches=4),
@@ -71,8 +74,8 @@ GROUPS = {
         "V = 8,192": workload("small", vocab=8192, microbatches=4),
     },
     "devices": {
-        "1 device": workload("tiny"),
-        "4 devices": workload("tiny", devices=4),
+        "1 device": workload("small", microbatches=4),
+        "4 devices": workload("small", devices=4),  # pieces of 8 rows on each, as there
     },
     "exact": {
         "sampled token, lambda 1.25": WIDE | {"lam": 1.25},

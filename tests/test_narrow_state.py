@@ -210,6 +210,7 @@ def test_gradients_of_narrow_weights_are_summed_in_float32(setting):
     assert {dtype for of, dtype in carried(traced.jaxpr) if of == shape} == {"float32"}
 
 
+@pytest.mark.slow
 def test_a_narrow_run_is_continued_bit_for_bit_and_exported_as_it_was(root, tmp_path):
     options = {
         "steps": 4,

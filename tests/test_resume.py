@@ -75,6 +75,7 @@ def saved(workdir):
     return _steps(workdir / "checkpoints")
 
 
+@pytest.mark.slow
 def test_a_kill_during_an_asynchronous_save_costs_only_what_came_after_the_last_one(
     root, tmp_path, begin
 ):

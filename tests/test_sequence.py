@@ -95,8 +95,16 @@ def on_one_device(setting):
     return get
 
 
-@pytest.mark.parametrize("shape", [BY_TENSOR, BY_FSDP], ids=str)
-@pytest.mark.parametrize("name", CASES)
+# By default each case on one mesh, and one of them on the other.
+USUAL = [(name, BY_TENSOR) for name in CASES] + [("sampled, two teachers", BY_FSDP)]
+REST = [(name, BY_FSDP) for name in list(CASES)[1:]]
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    USUAL + [pytest.param(*one, marks=pytest.mark.slow) for one in REST],
+    ids=str,
+)
 def test_a_step_is_that_of_one_device(setting, on_one_device, name, shape):
     params, rollout, metrics = first_step(setting, shape, **CASES[name])
     want_params, want_rollout, want_metrics = on_one_device(name)

@@ -1,6 +1,7 @@
 """A run small enough to be started many times: checkpoints, problems, a config, the command."""
 
 import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 
 from gopd_jax import config as settings
 from gopd_jax.microworld import tasks, tokenizer
@@ -58,6 +60,13 @@ def get_config(arg=None):
 '''
 
 
+@functools.partial(jax.jit, static_argnums=0)  # one program in place of one a shape
+def sizeable(cfg, seed):
+    """Random parameters with logits of a size that tells models apart."""
+    params = lm_params.init(cfg, jax.random.key(seed))
+    return jax.tree.map(lambda x: jnp.where(x.std() > 0, 8, 1) * x, params)
+
+
 def build(root: Path) -> Path:
     """Random checkpoints, train.jsonl, test.jsonl and preset.py under `root`; the preset's path."""
     tokenizer.build(root / "tokenizer", problems=2000)
@@ -65,10 +74,7 @@ def build(root: Path) -> Path:
     ends = {"eos_token_id": list(range(2, 90))}
     (root / "tokenizer" / "generation_config.json").write_text(json.dumps(ends))
     for seed, name in enumerate(MODELS):
-        params = lm_params.init(CFG, jax.random.key(seed))
-        # Logits of a size that tells models apart.
-        params = jax.tree.map(lambda x: 8 * x if x.std() > 0 else x, params)
-        hf.save(root / name, CFG, params, tokenizer_dir=root / "tokenizer")
+        hf.save(root / name, CFG, sizeable(CFG, seed), tokenizer_dir=root / "tokenizer")
     for split, n in (("train", 12), ("test", 3)):
         rows = [row(task, i, split) for i in range(n) for task in tasks.TASKS]
         (root / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
