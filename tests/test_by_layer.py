@@ -239,6 +239,7 @@ def test_teachers_by_layer_do_not_write(root, changes, says):
     planned(root, "host", **changes)
 
 
+@pytest.mark.slow
 def test_preflight_passes_a_teacher_by_layer_as_one_on_the_device(root, tmp_path):
     def verdicts(placement):
         config = tiny.config(root, evaluation={"teachers": False}, workdir=str(tmp_path))

@@ -204,6 +204,7 @@ def test_the_target_is_that_of_the_rows_own_lambda_at_the_step_and_the_divergenc
     close(got, wanted(tilted(1 + (lam_B - 1) / 2, None)) | {"cosine": 1.0})
 
 
+@pytest.mark.slow
 def test_neither_mesh_nor_chunks_change_a_figure(plain):
     close(looked(OPTIONS, reward_B=REWARD_B, shape=(2, 1, 2), head_chunk=4), plain)
 

@@ -228,6 +228,7 @@ def run(tmp_path_factory):
     return root / "run"
 
 
+@pytest.mark.slow
 def test_the_command_writes_what_the_run_wrote_at_its_end(run, tmp_path, capsys):
     export.main([f"--workdir={run}", f"--out={tmp_path / 'out'}"])
     assert capsys.readouterr().out == f"model after step 4: {tmp_path / 'out'}\n"

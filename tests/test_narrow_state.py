@@ -174,6 +174,7 @@ def test_a_narrow_mean_of_gradients_takes_nearly_the_same_way(setting):
     np.testing.assert_allclose(others, norms, rtol=2e-2)
 
 
+@pytest.mark.slow
 def test_narrow_weights_learn_on_any_mesh_and_in_microbatches(setting):
     changes = {"microbatches": 1}
     found = []

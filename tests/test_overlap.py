@@ -39,6 +39,7 @@ def noting(monkeypatch, events, owner, name, told):
 # --- the loop
 
 
+@pytest.mark.slow
 def test_a_row_is_waited_for_when_the_next_step_is_dispatched_and_before_its_checkpoint(
     root, tmp_path, monkeypatch
 ):

@@ -59,6 +59,7 @@ def test_the_right_setup_passes(right):
     assert float(by_role["student"]["|A| as own teacher"]) == 0
 
 
+@pytest.mark.slow
 def test_a_critic_in_closed_form_is_no_matter_of_preflights(tmp_path):
     # Its value takes whole distributions; the questions are about the sampled tokens.
     c = wrong_setups.build(tmp_path)
@@ -118,6 +119,7 @@ def test_the_report_has_it(right, tmp_path):
     assert "yes (yes): ok" in page
 
 
+@pytest.mark.slow
 def test_words_of_prompts_are_shown_and_not_judged(tmp_path):
     c = wrong_setups.build(tmp_path)
     for name in ("train.jsonl", "test.jsonl"):

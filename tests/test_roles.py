@@ -76,6 +76,7 @@ def test_a_teacher_that_sees_more_than_the_reference_of_its_own_weights_passes(t
     assert found["teacher:math", "other than the reference"] == "ok"
 
 
+@pytest.mark.slow
 def test_a_teacher_that_writes_is_another_than_the_student_in_any_dtype(tmp_path):
     c = wrong_setups.build(tmp_path)
     c.teachers["math"] = Model(path=c.student.path, dtype="bfloat16")
@@ -85,6 +86,7 @@ def test_a_teacher_that_writes_is_another_than_the_student_in_any_dtype(tmp_path
     assert found["teacher:code", "other than the student"] == "ok"
 
 
+@pytest.mark.slow
 def test_other_ends_of_a_model_in_host_memory_are_weighed(tmp_path):
     c = wrong_setups.build(tmp_path)
     wrong_setups.other_end(tmp_path, c)

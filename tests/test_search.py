@@ -219,6 +219,7 @@ def test_what_needs_no_less_than_one_that_failed_is_not_compiled(ranked):
     assert "--config.teachers.NAME.placement=host" in text
 
 
+@pytest.mark.slow
 def test_tries_are_a_limit_and_each_has_its_lines(ranked):
     config, there, _ = ranked
     compile, asked = answer(lambda c: 2**60, 2**40)
@@ -233,6 +234,7 @@ def test_tries_are_a_limit_and_each_has_its_lines(ranked):
     assert sum("does not fit, 1073741824.000 GiB, " in text for text in said) == 3
 
 
+@pytest.mark.slow
 def test_where_all_fit_the_fastest_is_compiled_and_no_other(ranked):
     config, there, found = ranked
     compile, asked = answer(lambda c: 1, 2**40)
@@ -261,6 +263,7 @@ def test_what_cannot_fit_is_not_compiled(root):
     assert "nothing fits: the least that is needed" in search.report(none, few)
 
 
+@pytest.mark.slow
 def test_a_mesh_on_which_the_compiler_fails_is_told_and_passed_over(ranked):
     config, there, found = ranked
     works, _ = answer(lambda c: 1, 2**40)
