@@ -115,10 +115,18 @@ def command(root: Path, *arguments: str) -> list[str]:
     ]
 
 
+# A process that is started computes what a user's does: conftest.py's flags are for its own.
+OPTIMIZED = (
+    "--xla_backend_optimization_level=3 --xla_llvm_disable_expensive_passes=false"
+    " --xla_cpu_use_fusion_emitters=true"
+)
+
+
 def environment(n_devices: int = 2) -> dict[str, str]:
     """Of a process that is started: CPU devices, and the suite's compilation cache."""
     cache = jax.config.jax_compilation_cache_dir
     return os.environ | {
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {OPTIMIZED}",
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(n_devices),
         "JAX_COMPILATION_CACHE_DIR": str(cache),
