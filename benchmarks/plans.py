@@ -118,10 +118,13 @@ def why(status: int | None, said: str) -> str:
 
 
 class Record:
-    """Answers by cell and phase, kept in a file of JSON lines; the last of each counts."""
+    """Answers by cell and phase, kept in a file of JSON lines; the last of each counts.
+
+    A line {"note": text} says what a reader of these answers has to know; it goes with them.
+    """
 
     def __init__(self, file: Path):
-        self.file, self.of = file, {}
+        self.file, self.of, self.note = file, {}, ""
         for text in file.read_text().splitlines() if file.is_file() else ():
             try:
                 line = json.loads(text)
@@ -130,6 +133,9 @@ class Record:
             self._keep(line)
 
     def _keep(self, line: dict) -> None:
+        if "note" in line:
+            self.note = line["note"]
+            return
         key = line["preset"], line["topology"], tuple(line["flags"]), line["what"]
         self.of[key] = line
 
@@ -172,11 +178,7 @@ whole cache (over weights and what the cache holds on average); under *received*
 from others in the step, over what the sharding asks for. Training runs `fused`. Made by
 `python -m benchmarks.plans`, which continues the record beside it
 ({versions}).
-
-The present record was made before the head's products were counted once under `tensor` > 1: PFLOP
-and compute seconds of score, update and fused are too high by up to a tenth (744 PFLOP, not 814,
-for the score of 4b_moe on v5p:4x4x4). Memory and decoding are not touched by that.
-"""
+{note}"""
 
 
 def document(record: Record, cells=CELLS) -> str:
@@ -185,7 +187,8 @@ def document(record: Record, cells=CELLS) -> str:
         line for cell in cells for what in (*PHASES, "change") if (line := record.get(cell, what))
     ]
     versions = sorted({f"{k} {v}" for line in lines for k, v in line["versions"].items()})
-    head = HEAD.format(versions=", ".join(versions) or "it is empty")
+    note = f"\n{record.note}\n" if record.note else ""
+    head = HEAD.format(versions=", ".join(versions) or "it is empty", note=note)
     rows = [
         "| preset | slice | mesh | step, GiB a device | verdict | estimated step | most of it | "
         "decode | received |",

@@ -7,12 +7,6 @@ from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX is imported, and for the processes tests start
 os.environ["NPROC"] = "32"  # threads of the CPU backend: see gopd_jax/__init__.py
-# Most of the suite's time is compilation, of programs that run for milliseconds: a third of it is
-# left without the compiler's optimizations. What XLA_FLAGS says has precedence: it comes last.
-os.environ["XLA_FLAGS"] = (
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    f" --xla_cpu_use_fusion_emitters=false {os.environ.get('XLA_FLAGS', '')}".rstrip()
-)
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +24,8 @@ from gopd_jax.recipe import Frozen, Recipe, init_state
 from gopd_jax.types import Prompts
 
 jax.config.update("jax_num_cpu_devices", 8)  # before anything asks for a device
+if "xla_backend_optimization_level" not in (flags := os.environ.get("XLA_FLAGS", "")):
+    os.environ["XLA_FLAGS"] = f"{tiny.CHEAP} {flags}".strip()  # read when the backend starts
 if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
     caches = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     jax.config.update("jax_compilation_cache_dir", str(caches / "gopd_jax_tests"))

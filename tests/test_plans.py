@@ -156,6 +156,16 @@ def test_a_rollout_that_was_compiled_alone_is_told_as_such(tmp_path):
     assert "its rollout does not fit" in plans.document(record)
 
 
+def test_a_note_goes_with_the_answers_that_it_is_about(tmp_path):
+    file = tmp_path / "plans.jsonl"
+    file.write_text(json.dumps({"note": "counted too high"}) + "\n")
+    record = Record(file)
+    record.add(line())
+    assert "\n\ncounted too high\n\n" in plans.document(Record(file))
+    file.unlink()  # to begin anew
+    assert "counted" not in plans.document(Record(file))
+
+
 def test_phases_that_are_named_are_asked_for_alone(tmp_path):
     record = Record(tmp_path / "plans.jsonl")
     assert [*plans.wanted(CELL, record, ("fused", "generate"))] == ["generate", "fused"]
