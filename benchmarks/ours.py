@@ -109,8 +109,11 @@ class Run:
         return found | watch.seconds
 
     def work(self) -> dict[str, float]:
-        """{phase: GFLOP of its matrix products}, as flops.count reads them off the trace."""
-        if self.rollouts_only:
+        """{phase: GFLOP of its matrix products}, as flops.count reads them off the trace.
+
+        Where lengths decide how often a loop turns and which width is taken, a trace has bounds.
+        """
+        if self.rollouts_only or told.get("mean_length"):
             return {}
         generate, score, update = self.stages
         frozen, prompts = self.made.frozen, self.made.prompts

@@ -153,6 +153,13 @@ def test_splash_at_lengths_of_several_blocks(length):
     compare("splash interpreted", drawn(2, length, 2), valid_BL, 70)
 
 
+@pytest.mark.parametrize("length", [65, 150, 530])  # of blocks of 64; of 67, the last one shorter
+def test_xla_at_lengths_of_several_blocks(length):
+    valid_BL = valid(np.array([0, 37]), np.array([5, 20]), length)
+    compare("xla", drawn(2, length, 2), valid_BL)
+    compare("xla", drawn(2, length, 2), valid_BL, 70)
+
+
 @pytest.mark.parametrize("name", ON_CPU[1:])
 def test_a_mesh_changes_nothing(name, make_mesh):
     given = [x[:3] for x in drawn(2)]  # not a multiple of the shards of rows
@@ -236,6 +243,14 @@ def test_a_kernels_products_are_counted_block_by_block():
     both = flops.count(jax.make_jaxpr(jax.grad(attend, argnums=(0, 1, 2)))(*given))
     # Again the scores and what they weigh, for queries and for keys and values; then the gradients.
     assert both.narrow == pytest.approx((2 + 3 + 4) * one, rel=0.01)
+
+
+def test_xla_forms_no_scores_of_blocks_that_lie_ahead():
+    given = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in drawn(2, 512, 3)]
+    mask = np.broadcast_to(np.tri(512, dtype=bool), (3, 512, 512))
+    attend = jax.make_jaxpr(lambda *given: attention.whole_rows("xla", *given, mask))
+    both = 2 * 2 * 3 * HEADS * 512 * 512 * WIDTH
+    assert flops.count(attend(*given)).total == both * 9 / 16
 
 
 # --- with the TPU's compiler

@@ -1,8 +1,9 @@
 """Attention of whole rows (prefill, scoring, the update) behind one function, by name.
 
-"xla" forms all scores, [B, H, L, L] in float32. "splash" (TPUs) and "cudnn" (NVIDIA GPUs) are
-kernels that hold a block of them at a time and make them again in the backward pass; the softmax is
-float32 in each. Decoding with a cache is not here: a single query forms few scores.
+"xla" forms all scores that a block of queries can see, at most [B, H, L, L] in float32. "splash"
+(TPUs) and "cudnn" (NVIDIA GPUs) are kernels that hold a block of them at a time and make them again
+in the backward pass; the softmax is float32 in each. Decoding with a cache is not here: a single
+query forms few scores.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from gopd_jax.models.ops import attend, mesh_axes, shards
 NAMES = ("xla", "splash", "cudnn")
 # Larger blocks read keys and values less often; 512 is the largest that fits all chips' VMEM.
 BLOCKS = (512, 256, 128)
+# Of queries by "xla": smaller ones are slower than what they save, more of them long to compile.
+XLA_BLOCK, XLA_BLOCKS = 64, 8
 FAMILY = {"tpu": "splash", "gpu": "cudnn"}
 
 
@@ -35,9 +38,9 @@ def whole_rows(name: str, q_BLHE, k_BKLE, v_BKLE, mask_BxL, *, window=None, slid
     this layer slides, where layers differ. Queries that see no key give finite values.
     """
     if name == "xla" and shards("length") == 1:
-        return attend(q_BLHE, k_BKLE, v_BKLE, mask_BxL, None, None)
+        return _in_blocks(q_BLHE, k_BKLE, v_BKLE, mask_BxL)
     if name == "xla":
-        return _spread(_attend, q_BLHE, k_BKLE, v_BKLE, mask_BxL, window=None)
+        return _spread(_in_blocks, q_BLHE, k_BKLE, v_BKLE, mask_BxL, window=None)
     window = None if window is None or window >= q_BLHE.shape[1] else window
     given = q_BLHE, k_BKLE, v_BKLE, mask_BxL[:, 0]
     ways = [functools.partial(_spread, KERNELS[name], window=w) for w in (window, None)]
@@ -86,8 +89,21 @@ def _unfit(name: str, cfg: ModelConfig, dtype: str, device) -> str | None:
     return None
 
 
-def _attend(q_BLHE, k_BKLE, v_BKLE, mask_BLL, *, window):
-    return attend(q_BLHE, k_BKLE, v_BKLE, mask_BLL, None, None)
+def _in_blocks(q_BLHE, k_BKLE, v_BKLE, mask_BLL, *, window=None):
+    """attend(...) block by block of queries, each with the keys up to its end: mask_BLL is causal.
+
+    With n blocks (n - 1) / 2n of the scores are never formed. A window is in the mask.
+    """
+    length = q_BLHE.shape[1]
+    block = max(XLA_BLOCK, -(-length // XLA_BLOCKS))
+    ends = [min(start + block, length) for start in range(0, length, block)]
+    parts = [
+        attend(q_BxHE, k_BKLE[:, :, :end], v_BKLE[:, :, :end], mask_BxL[:, :, :end], None, None)
+        for end, q_BxHE, mask_BxL in zip(
+            ends, *(jnp.split(x, ends[:-1], axis=1) for x in (q_BLHE, mask_BLL))
+        )
+    ]
+    return jnp.concatenate(parts, axis=1)
 
 
 def _spread(kernel, q_BLHE, k_BKLE, v_BKLE, valid_BL, *, window):
