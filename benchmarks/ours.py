@@ -1,10 +1,11 @@
 """This project as a contender of `benchmarks.speed`: the fused step, then its stages apart.
 
-The workload's JSON may also hold: loss, lam, n_teachers, microbatches, head_chunk, RECIPE, devices
-(emulated, one mesh axis "data"), and mean_length: completions then end at random, geometrically,
-at that mean, as an untrained model's do where that share of the ids ends a completion. only:
-"generate", where a step is to be the rollout alone. memory: true, where nothing is to be compiled
-or held but what a run's fused step needs; cache: a directory for what is compiled, as a run has it.
+The workload's JSON may also hold: loss, lam, remat, n_teachers, microbatches, head_chunk, RECIPE,
+devices (emulated, one mesh axis "data"), and mean_length: completions then end at random,
+geometrically, at that mean, as an untrained model's do where that share of the ids ends a
+completion. only: "generate", where a step is to be the rollout alone. memory: true, where nothing
+is to be compiled or held but what a run's fused step needs; cache: a directory for what is
+compiled, as a run has it.
 """
 
 import dataclasses
@@ -38,7 +39,7 @@ def made():
     if (mean := told.get("mean_length")) is not None:
         ends = round(work.vocab / mean)
         changes["eos_ids"] = tuple(range(work.vocab - ends, work.vocab))
-    options = {name: told[name] for name in ("loss", "lam", "dtype") if name in told}
+    options = {name: told[name] for name in ("loss", "lam", "dtype", "remat") if name in told}
     mesh = sharding.make_mesh(None, 1, 1)
     return workloads.make(work, mesh=mesh, **options, **changes)
 

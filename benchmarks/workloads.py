@@ -83,9 +83,16 @@ class Made:
 
 
 def make(
-    of: Workload, *, loss="policy_gradient", lam=1.0, mesh=None, dtype="float32", **changes
+    of: Workload,
+    *,
+    loss="policy_gradient",
+    lam=1.0,
+    mesh=None,
+    dtype="float32",
+    remat=None,
+    **changes,
 ) -> Made:
-    """The workload with random weights and prompts; changes: of the Recipe."""
+    """The workload with random weights and prompts; remat: the student's, changes: the Recipe's."""
     mesh = mesh or sharding.make_mesh(None, 1, 1, devices=jax.devices()[:1])
     goal = objective.build(loss=loss, lam=lam)
     optimizer, rate = make_optimizer(
@@ -101,7 +108,7 @@ def make(
     shares = np.full(of.n_teachers, of.rows // of.n_teachers)
     recipe = Recipe(
         mesh=mesh,
-        student=_decoder(of, of.student, dtype),
+        student=dataclasses.replace(_decoder(of, of.student, dtype), remat=remat),
         teachers=(_decoder(of, of.teacher, dtype),) * of.n_teachers,
         routes=(tuple(range(of.n_teachers)),),
         reference=_decoder(of, of.student, dtype) if goal.reference else None,
