@@ -258,6 +258,7 @@ NARROW = {
 SAID = ("sampler_kl", "log_ess")
 
 
+@pytest.mark.slow
 def test_a_mesh_changes_no_narrow_step(setting):
     found = []
     for shape, slots in (((1, 1, 1), None), ((2, 2, 2), 8)):

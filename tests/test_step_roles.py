@@ -95,7 +95,9 @@ def test_tasks_are_routed_to_teachers(setting, first_step, routes):
     same(got.teacher_BT, jnp.where(mask_BT, want_BT, 0), 1e-5)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize(
+    "shape", [pytest.param((1, 1, 1), marks=pytest.mark.slow), (2, 2, 2)], ids=str
+)
 def test_models_in_host_memory_give_the_same_numbers(setting, first_step, shape):
     recipe, params, frozen, prompts = setting(shape)
     away = jax.tree.map(lambda x: jax.device_put(x, sharding.on_host(x.sharding)), frozen)

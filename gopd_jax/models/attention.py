@@ -1,9 +1,9 @@
 """Attention of whole rows (prefill, scoring, the update) behind one function, by name.
 
-"xla" forms all scores that a block of queries can see, at most [B, H, L, L] in float32. "splash"
-(TPUs) and "cudnn" (NVIDIA GPUs) are kernels that hold a block of them at a time and make them again
-in the backward pass; the softmax is float32 in each. Decoding with a cache is not here: a single
-query forms few scores.
+"xla" forms all scores, [B, H, L, L] in float32, on one device those that a block of queries can
+see. "splash" (TPUs) and "cudnn" (NVIDIA GPUs) are kernels that hold a block of them at a time and
+make them again in the backward pass; the softmax is float32 in each. Decoding with a cache is not
+here: a single query forms few scores.
 """
 
 from __future__ import annotations
@@ -37,10 +37,11 @@ def whole_rows(name: str, q_BLHE, k_BKLE, v_BKLE, mask_BxL, *, window=None, slid
     kernel's. window: positions that a sliding layer sees, or None; slides: a bool array, whether
     this layer slides, where layers differ. Queries that see no key give finite values.
     """
-    if name == "xla" and shards("length") == 1:
-        return _in_blocks(q_BLHE, k_BKLE, v_BKLE, mask_BxL)
     if name == "xla":
-        return _spread(_in_blocks, q_BLHE, k_BKLE, v_BKLE, mask_BxL, window=None)
+        run = _in_blocks if _alone() else _at_once
+        if shards("length") > 1:
+            run = functools.partial(_spread, run)
+        return run(q_BLHE, k_BKLE, v_BKLE, mask_BxL, window=None)
     window = None if window is None or window >= q_BLHE.shape[1] else window
     given = q_BLHE, k_BKLE, v_BKLE, mask_BxL[:, 0]
     ways = [functools.partial(_spread, KERNELS[name], window=w) for w in (window, None)]
@@ -89,7 +90,18 @@ def _unfit(name: str, cfg: ModelConfig, dtype: str, device) -> str | None:
     return None
 
 
-def _in_blocks(q_BLHE, k_BKLE, v_BKLE, mask_BLL, *, window=None):
+def _alone() -> bool:
+    """Whether there is one device. Of several, emulated on a CPU, each block has collectives of its
+    own, and those that are under way at the same time can wait for each other for ever."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.empty or mesh.size == 1
+
+
+def _at_once(q_BLHE, k_BKLE, v_BKLE, mask_BLL, *, window):
+    return attend(q_BLHE, k_BKLE, v_BKLE, mask_BLL, None, None)
+
+
+def _in_blocks(q_BLHE, k_BKLE, v_BKLE, mask_BLL, *, window):
     """attend(...) block by block of queries, each with the keys up to its end: mask_BLL is causal.
 
     With n blocks (n - 1) / 2n of the scores are never formed. A window is in the mask.
