@@ -257,7 +257,7 @@ def test_xla_forms_no_scores_of_blocks_that_lie_ahead(make_mesh):
     assert work() == both * 9 / 16
     with sharding.use(make_mesh((1, 1, 1))):
         assert work() == both * 9 / 16
-    with sharding.use(make_mesh((2, 2, 2))):  # blocks with collectives of their own could lock
+    with sharding.use(make_mesh((2, 2, 2))):  # with blocks emulated devices locked
         assert work() == both
 
 

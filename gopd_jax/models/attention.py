@@ -91,8 +91,11 @@ def _unfit(name: str, cfg: ModelConfig, dtype: str, device) -> str | None:
 
 
 def _alone() -> bool:
-    """Whether there is one device. Of several, emulated on a CPU, each block has collectives of its
-    own, and those that are under way at the same time can wait for each other for ever."""
+    """Whether there is one device.
+
+    Several, emulated on a CPU, locked with blocks: each waited in an all-reduce that not all of
+    them had joined (the resumed study in tests/test_study.py).
+    """
     mesh = jax.sharding.get_abstract_mesh()
     return mesh.empty or mesh.size == 1
 
