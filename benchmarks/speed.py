@@ -70,6 +70,10 @@ GROUPS = {
         )
         | (CHOSEN | {"sampling_buckets": 8}),
     },
+    "remat": {
+        "all kept": workload("small", microbatches=4) | (CHOSEN | {"remat": None}),
+        "products kept": workload("small", microbatches=4) | CHOSEN,
+    },
     "teachers": {
         "1 teacher": workload("small", microbatches=4),
         "2 teachers": workload("small", n_teachers=2, microbatches=4),

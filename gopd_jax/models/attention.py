@@ -33,15 +33,15 @@ def whole_rows(name: str, q_BLHE, k_BKLE, v_BKLE, mask_BxL, *, window=None, slid
     """Causal grouped-query attention of scaled queries to the keys of their rows, out_BLHE.
 
     Query head h reads key/value head h // (H / K). mask_BxL: for "xla" True where query x sees key
-    L, all told; for a kernel valid_B1L, the keys of real tokens, causality and the window being the
-    kernel's. window: positions that a sliding layer sees, or None; slides: a bool array, whether
-    this layer slides, where layers differ. Queries that see no key give finite values.
+    L <= x, all told; for a kernel valid_B1L, the keys of real tokens, causality and the window
+    being the kernel's. window: positions that a sliding layer sees, or None; slides: a bool array,
+    whether this layer slides, where layers differ. Queries that see no key give finite values.
     """
     if name == "xla":
-        run = _in_blocks if _alone() else _at_once
-        if shards("length") > 1:
-            run = functools.partial(_spread, run)
-        return run(q_BLHE, k_BKLE, v_BKLE, mask_BxL, window=None)
+        given = q_BLHE, k_BKLE, v_BKLE, mask_BxL
+        if _alone():
+            return _in_blocks(*given)
+        return _at_once(*given) if shards("length") == 1 else _spread(_at_once, *given, window=None)
     window = None if window is None or window >= q_BLHE.shape[1] else window
     given = q_BLHE, k_BKLE, v_BKLE, mask_BxL[:, 0]
     ways = [functools.partial(_spread, KERNELS[name], window=w) for w in (window, None)]
@@ -100,11 +100,11 @@ def _alone() -> bool:
     return mesh.empty or mesh.size == 1
 
 
-def _at_once(q_BLHE, k_BKLE, v_BKLE, mask_BLL, *, window):
+def _at_once(q_BLHE, k_BKLE, v_BKLE, mask_BLL, *, window=None):
     return attend(q_BLHE, k_BKLE, v_BKLE, mask_BLL, None, None)
 
 
-def _in_blocks(q_BLHE, k_BKLE, v_BKLE, mask_BLL, *, window):
+def _in_blocks(q_BLHE, k_BKLE, v_BKLE, mask_BLL):
     """attend(...) block by block of queries, each with the keys up to its end: mask_BLL is causal.
 
     With n blocks (n - 1) / 2n of the scores are never formed. A window is in the mask.
