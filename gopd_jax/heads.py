@@ -5,6 +5,8 @@ What an objective needs of the vocabulary is computed here, forward and backward
 hidden states, forms the target, and keeps what is one number a position.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -172,18 +174,25 @@ def _head(recipe, params, heads, chunk, lam, *, grad, look):
     if look is not None:
         found |= look(ids_x=ids_x, teacher_xV=teacher_xV, **{"ref_xV": None} | vocabulary)
     if grad:
-        if any(name.endswith("_xS") for name in objective.needs):
-            support, mass = objective.support, objective.mass
-            of_support = supported(support, mass, student_xV, vocabulary["target_xV"], real_xV)
-            vocabulary |= dict(zip(("student_xS", "target_xS", "valid_xS"), of_support))
         # Before the first update of a batch the student is what it was at the start.
         known = {"student_x": jax.lax.stop_gradient(found["logp"])} | chunk["given"] | vocabulary
         known |= {"logp_x": found["logp"], "ids_x": ids_x}
         known |= {f"{k}_x": found[k] for k in ("target", "ref") if k in found}
-        if over_vocabulary(objective.loss):
-            found["loss"] = fed(objective.loss, known)
-        if of := [r for r in objective.regularizers if over_vocabulary(r)]:
-            found["regularizer"] = sum(fed(one, known) for one in of)
+        found |= sharding.rows_apart(functools.partial(_losses, objective), known)
+    return found
+
+
+def _losses(objective, known: dict) -> dict:
+    """{name: [B, c]} of what is differentiated and takes the vocabulary."""
+    found = {}
+    if any(name.endswith("_xS") for name in objective.needs):
+        whole = (known[name] for name in ("student_xV", "target_xV", "real_xV"))
+        of_support = supported(objective.support, objective.mass, *whole)
+        known = known | dict(zip(("student_xS", "target_xS", "valid_xS"), of_support))
+    if over_vocabulary(objective.loss):
+        found["loss"] = fed(objective.loss, known)
+    if of := [r for r in objective.regularizers if over_vocabulary(r)]:
+        found["regularizer"] = sum(fed(one, known) for one in of)
     return found
 
 
@@ -200,8 +209,8 @@ def _local(objective, student_xV, teacher_xV, ref_xV, real_xV, lam):
         target_xV = tilted(teacher_xV, ref_xV, lam=lam, cap=objective.ratio_cap)
         if objective.normalised:
             target_xV = jax.nn.log_softmax(jnp.where(real_xV, target_xV, -jnp.inf))
-    of_support = supported(objective.support, objective.mass, student_xV, target_xV, real_xV)
-    student_xS, target_xS, valid_xS = of_support
+    choose = functools.partial(supported, objective.support, objective.mass)
+    student_xS, target_xS, valid_xS = sharding.rows_apart(choose, student_xV, target_xV, real_xV)
     log_u_xS = jnp.where(valid_xS, target_xS - student_xS, 0.0)
     reward_xS = objective.token_reward(log_u_xS)
     return -jnp.where(valid_xS, jnp.exp(student_xS) * reward_xS, 0.0).sum(-1)

@@ -333,6 +333,24 @@ def over_shards(function, weights, positions, rows, *, apart: bool = True):
     return constrain_rows(jax.tree.map(lambda x: x[:, :length], found))
 
 
+def rows_apart(function, *arrays):
+    """Inside a jit, and inside of `over_shards`: function(*arrays), a tree of [B, ...] of such
+    arrays, each shard of rows by itself if it is not alone with them already.
+
+    For what picks single ids out of distributions: XLA's partitioner ends the process where rows,
+    positions and ids of what is picked from lie on three axes and it has to divide the rows itself.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    sizes = {} if mesh.empty else mesh.shape
+    left = [axis for axis in ROWS if sizes.get(axis, 1) > 1 and axis not in mesh.manual_axes]
+    if not left or sizes["sequence"] == 1:
+        return function(*arrays)
+    # What the backward pass needs is made again there: JAX lays out such residuals of a shard_map
+    # within another one wrongly.
+    kept = jax.checkpoint(function)
+    return jax.shard_map(kept, in_specs=P(ROWS), out_specs=P(ROWS), axis_names={*ROWS})(*arrays)
+
+
 def constrain_rows(tree):
     """Inside a jit: hold every array of the tree to row sharding."""
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, P(ROWS)), tree)

@@ -14,6 +14,7 @@ from test_attention import compare, drawn, masked, valid
 from test_step_program import values
 
 from gopd_jax import command, setup, sharding, step
+from gopd_jax.critic import Critic
 from gopd_jax.models import attention, lora
 from gopd_jax.models import params as lm_params
 from gopd_jax.models.decoder import Decoder
@@ -66,12 +67,32 @@ def first_step(setting, shape, model=None, **changes):
         if model.lora is not None:
             params, base = lora.split(params)
             frozen = frozen.replace(base=base)
-    state = init_state(recipe, params)
-    state, rollout, metrics = step.fused(recipe)(state, frozen, prompts, jax.random.key(0))
-    return jax.device_get((state.params, rollout, values(metrics)))
+    state, key = init_state(recipe, params), jax.random.key(0)
+    if recipe.objective.reward:
+        generate, score, update = step.staged(recipe)
+        rollout = generate(state.params, frozen, prompts, key)
+        solved_B = (rollout.mask_BT.sum(1) % 2).astype(jnp.float32)
+        scores = score(frozen, rollout).replace(reward_B=solved_B)
+        state, metrics = update(state, rollout, scores, frozen)
+    else:
+        if recipe.lag:  # what the first steps of a run wrote
+            write, _, _ = step.staged(recipe)
+            keys = jax.random.split(jax.random.key(1), recipe.lag)
+            waiting = [write(state.params, frozen, prompts, key) for key in keys]
+            state = state.replace(pending=tuple(waiting))
+        state, rollout, metrics = step.fused(recipe)(state, frozen, prompts, key)
+    trained = state.params if state.critic is None else (state.params, state.critic.params)
+    return jax.device_get((trained, rollout, values(metrics)))
 
 
 FIRST = "sampled, two teachers"
+GAE = objective.build(lam=1.25, credit="gae(gamma=1.0, lam=0.9)", reduction="token_mean")
+LATE = objective.build(lam=1.25, importance="token", reduction="token_mean")
+TASK = objective.build(lam=1.25, task="grpo", distil_weight=0.5, reduction="token_mean")
+TO_GO = objective.build(
+    lam=1.25, credit="return_to_go", baseline="batch_mean", gates=("first(n=4)",)
+)
+HEAD = Critic(learning_rate=0.02, width=8, closed_form=True, warmup_steps=0, value_clip=None)
 CASES = {
     FIRST: {},
     "exact, two teachers": {"objective": EXACT},
@@ -80,6 +101,24 @@ CASES = {
     "experts": {"model": MOE},
     "adapters": {
         "model": dataclasses.replace(QWEN3, lora=Lora(rank=2, alpha=4.0, targets="(q|o|up)_proj"))
+    },
+    "a critic": {"objective": GAE, "critic": HEAD},
+    "returns, a baseline, gates": {"objective": TO_GO},
+    "rewards": {"objective": TASK},
+    "slots, widths": {"slots": 8, "sampling_buckets": 2, "prompt_buckets": 2},
+    "late, two updates": {"objective": LATE, "lag": 1, "updates": 2},
+    "cache and weights in 8 bits": {
+        "objective": LATE,
+        "cache_dtype": "int8",
+        "sampling_dtype": "int8",
+    },
+    "the teacher's likeliest": {
+        "objective": objective.build(lam=1.25, loss="exact", support="top_k(k=4)"),
+    },
+    "a part of the vocabulary, gated": {
+        "objective": objective.build(
+            lam=1.25, loss="entropy_gated(k=3, threshold=1.0)", support="top_k(k=4, of='union')"
+        ),
     },
 }
 
@@ -96,10 +135,10 @@ def on_one_device(setting):
     return get
 
 
-# By default two thirds of the cases on one mesh, and one of them on the other.
-LATER = "windows, recomputed", "adapters"
-USUAL = [(name, BY_TENSOR) for name in CASES if name not in LATER] + [(FIRST, BY_FSDP)]
-REST = [(name, BY_FSDP) for name in CASES if name != FIRST] + [(name, BY_TENSOR) for name in LATER]
+# By default some of the cases on one mesh, and one of them on the other.
+SOON = FIRST, "exact, two teachers", "exact, one teacher", "experts", "a critic"
+USUAL = [(name, BY_TENSOR) for name in SOON] + [(FIRST, BY_FSDP)]
+REST = [one for one in itertools.product(CASES, (BY_TENSOR, BY_FSDP)) if one not in USUAL]
 
 
 @pytest.mark.parametrize(
