@@ -9,6 +9,7 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import pytest
+import tiny
 from nbclient import NotebookClient
 
 NOTEBOOK = Path(__file__).resolve().parent.parent / "notebooks" / "quickstart.ipynb"
@@ -41,7 +42,7 @@ def executed():
     notebook.cells.append(nbformat.v4.new_code_cell(SUMMARY, id="summary"))
     NotebookClient(
         notebook, timeout=900, resources={"metadata": {"path": str(NOTEBOOK.parent)}}
-    ).execute()
+    ).execute(env=tiny.environment(1))
     return {cell["id"]: cell for cell in notebook.cells}
 
 

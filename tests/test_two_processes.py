@@ -94,25 +94,25 @@ def root(tmp_path_factory):
 
 @pytest.mark.slow
 def test_two_processes_train_the_same_student_and_each_continues_the_other(root, tmp_path):
-    one(root, f"--config.workdir={tmp_path}/one", "--config.preflight=warn")
-    out, err = two(root, f"--config.workdir={tmp_path}/two", "--config.preflight=warn")
-    same_run(tmp_path / "two", tmp_path / "one")
-    same_preflight(tmp_path / "two", tmp_path / "one")
+    uninterrupted = tmp_path / "one"
+    one(root, f"--config.workdir={uninterrupted}", "--config.preflight=warn")
+    for workdir, first, then in (("a", two, one), ("b", one, two)):
+        flag = f"--config.workdir={tmp_path}/{workdir}"
+        _, err = first(root, flag, "--config.steps=3", "--config.preflight=warn")
+        assert "Traceback" not in err
+        same_preflight(tmp_path / workdir, uninterrupted)
+        out, err = then(root, flag, "--config.preflight=warn")
+        assert f"continuing {tmp_path}/{workdir} after step 3" in err
+        assert "Traceback" not in err
+        same_run(tmp_path / workdir, uninterrupted)
     (last,) = [line for line in out.splitlines() if "continue with" in line]
-    assert last.startswith(f"0: report: {tmp_path}/two/report.html")
-    assert "Traceback" not in err
+    assert last.startswith(f"0: report: {tmp_path}/b/report.html")
     # Each process wrote shards: Orbax keeps them apart by process.
-    newest = tmp_path / "two" / "checkpoints" / "6" / "state"
+    newest = tmp_path / "b" / "checkpoints" / "6" / "state"
     assert {p.name for p in newest.glob("ocdbt.process_*")} == {
         "ocdbt.process_0",
         "ocdbt.process_1",
     }
-    for workdir, first, then in (("a", two, one), ("b", one, two)):
-        flag = f"--config.workdir={tmp_path}/{workdir}"
-        first(root, flag, "--config.steps=3")
-        _, err = then(root, flag)
-        assert f"continuing {tmp_path}/{workdir} after step 3" in err
-        same_run(tmp_path / workdir, tmp_path / "one")
 
 
 @pytest.mark.slow
