@@ -136,8 +136,8 @@ class Setting:
 
 def setting(shape=(1, 1, 1), *, teachers=TEACHERS[:2], options=None, **changes) -> Setting:
     """A step on a mesh; options: of objective.build; changes: of the Recipe."""
-    n_devices = int(np.prod(shape))
-    mesh = sharding.make_mesh(*shape, devices=jax.devices()[:n_devices])
+    n_devices, more = int(np.prod(shape)), dict(zip(("expert", "sequence"), shape[3:]))
+    mesh = sharding.make_mesh(*shape[:3], **more, devices=jax.devices()[:n_devices])
     goal = objective.build(**(options or {}))
 
     def spread(which):

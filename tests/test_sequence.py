@@ -136,7 +136,7 @@ def on_one_device(setting):
 
 
 # By default some of the cases on one mesh, and one of them on the other.
-SOON = FIRST, "exact, two teachers", "exact, one teacher", "experts", "a critic"
+SOON = FIRST, "exact, two teachers", "experts"
 USUAL = [(name, BY_TENSOR) for name in SOON] + [(FIRST, BY_FSDP)]
 REST = [one for one in itertools.product(CASES, (BY_TENSOR, BY_FSDP)) if one not in USUAL]
 
