@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from gopd_jax import data, metrics, setup, sharding, step
+from gopd_jax import data, metrics, processes, setup, step
 from gopd_jax.config import Config
 from gopd_jax.microworld import preset
 from gopd_jax.objectives import importance
@@ -61,7 +61,7 @@ def line(config: Config, case) -> tuple[str, float]:
         process=0,
         n_processes=1,
     )
-    prompts = sharding.to_global(this.mesh, rows.replace(records=()))
+    prompts = processes.to_global(this.mesh, rows.replace(records=()))
     params = this.student.params
     rollout = step.staged(recipe)[0](params, this.frozen, prompts, jax.random.key(1))
     logp_BT, _ = step.judging(recipe, recipe.student)(params, rollout, None)

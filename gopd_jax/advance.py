@@ -51,7 +51,7 @@ def abstract_state(this: Run) -> TrainState:
     if not this.recipe.lag:
         return recipe.abstract_state(this.recipe)
     generate, _, _ = step.staged(this.recipe)
-    rows = sharding.to_global(this.mesh, prompts_of(this)(0).replace(records=()))
+    rows = processes.to_global(this.mesh, prompts_of(this)(0).replace(records=()))
     params = recipe.abstract_state(this.recipe).params
     args = params, this.frozen, rows, jax.random.key(0)
     return recipe.abstract_state(this.recipe, generate.lower(*args).out_info)
@@ -158,12 +158,12 @@ class Stepper:
         return jax.random.fold_in(self.key, i)
 
     def _rows(self, prompts: Prompts):
-        return sharding.to_global(self.run.mesh, prompts.replace(records=()))
+        return processes.to_global(self.run.mesh, prompts.replace(records=()))
 
     def _rewards(self, rollout, records):
         """reward_B of the verifiers, float32, of this process's rows on the host."""
         with jax.profiler.TraceAnnotation("wait for rollout"):
-            rollout = sharding.to_host(rollout)
+            rollout = processes.to_host(rollout)
         with jax.profiler.TraceAnnotation("verify"):
             verdicts = verify(completions(self.run.student.tokenizer, rollout), records)
         return np.array([verdict.score for verdict in verdicts], np.float32)
@@ -181,7 +181,7 @@ class Stepper:
             rollout, state = step.turn(state, rollout)
         scores = processes.in_turn(self.score(frozen, rollout))
         reward_B = self._rewards(rollout, records)
-        scores = scores.replace(reward_B=sharding.to_global(self.run.mesh, reward_B))
+        scores = scores.replace(reward_B=processes.to_global(self.run.mesh, reward_B))
         state, seen = processes.in_turn(self.update(state, rollout, scores, frozen))
         return state, rollout, seen | self._told(reward_B)
 
@@ -192,7 +192,7 @@ class Stepper:
         """
         if jax.process_count() == 1:
             return self._of_rewards(reward_B)
-        return self.rewarded(sharding.to_global(self.run.mesh, reward_B))
+        return self.rewarded(processes.to_global(self.run.mesh, reward_B))
 
     def _of_rewards(self, reward_B) -> dict[str, Mean]:
         """Of all rows, as NumPy's or as traced."""
@@ -207,5 +207,5 @@ class Stepper:
         reward_B = None
         if jax.process_count() == 1:  # several hold records of their own rows alone
             reward_B = self._rewards(rollout, tuple(records[row] for row in self.probe.rows))
-            reward_B = sharding.to_global(self.run.mesh, reward_B)
+            reward_B = processes.to_global(self.run.mesh, reward_B)
         return jax.device_get(self.probe.look(state, self.run.frozen, rollout, reward_B))

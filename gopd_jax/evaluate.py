@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 import jax
 import numpy as np
 
-from gopd_jax import data, sharding
+from gopd_jax import data, processes, sharding
 from gopd_jax.reader import Reader
 from gopd_jax.types import Record
 from gopd_jax.verifiers import verify
@@ -83,8 +83,8 @@ def evaluate(
             ],
             records=(),
         )
-        rollout = sample(params, sharding.to_global(mesh, prompts), key)
-        rollout = sharding.gather(rollout)
+        rollout = sample(params, processes.to_global(mesh, prompts), key)
+        rollout = processes.gather(rollout)
         n_real = min(n_rows, len(jobs) - start)
         texts += completions(reader.tokenizer, rollout)[:n_real]
         lengths += rollout.mask_BT.sum(1)[:n_real].tolist()

@@ -26,7 +26,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from gopd_jax import batching, command, rows, sampler, sharding
+from gopd_jax import batching, command, processes, rows, sampler, sharding
 from gopd_jax.reader import padded
 from gopd_jax.types import Prompts
 
@@ -127,7 +127,7 @@ def _generated(
         nonlocal n_tokens
         row_B = rows.filled(numbers, bucket.n_rows).astype(np.int32)
         prompts = _prompts([found[i // n].prompt_ids for i in row_B], bucket.width, row_B)
-        rollout = sample(sharding.to_global(model.mesh, prompts))
+        rollout = sample(processes.to_global(model.mesh, prompts))
         first = rollout.n_prompt
         results = []
         for b, i in enumerate(numbers):
@@ -177,7 +177,7 @@ def _program(model: command.Model, temperature, top_p, max_tokens, seed) -> Call
 
     def run(prompts):
         with sharding.use(model.mesh, sharding.DECODE):
-            return sharding.gather(compiled(model.params, prompts, jax.random.key(seed)))
+            return processes.gather(compiled(model.params, prompts, jax.random.key(seed)))
 
     return run
 

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from gopd_jax import sharding, step
+from gopd_jax import processes, step
 from gopd_jax.objectives import objective
 from gopd_jax.objectives.targets import tilted
 from gopd_jax.probe import Probe, mean
@@ -140,7 +140,7 @@ def of_role(probe: Probe, name: str, role: Role) -> list[Check]:
 def of_student(probe: Probe) -> list[Check]:
     """Sampler and scorer agree; a student that is its own teacher has nothing to learn."""
     dtype = probe.student.decoder.dtype
-    gap_BT = np.abs(sharding.gather(probe.rollout.logp_BT) - probe.logp_BT)
+    gap_BT = np.abs(processes.gather(probe.rollout.logp_BT) - probe.logp_BT)
     checks = [
         _bound(
             "student",
@@ -166,7 +166,7 @@ def of_student(probe: Probe) -> list[Check]:
         frozen = Frozen(teachers=(params,), reference=params)
         _, score, _ = step.staged(own)
         scores = score(frozen, probe.rollout.replace(teacher=None, reference=None))
-        scores = sharding.gather(scores)
+        scores = processes.gather(scores)
         advantage_BT = tilted(scores.teacher_BT, scores.ref_BT, lam=lam) - probe.logp_BT
         checks.append(
             _bound(

@@ -12,7 +12,7 @@ import math
 import jax
 import numpy as np
 
-from gopd_jax import batching, data, sampler, scoring, sharding, step
+from gopd_jax import batching, data, processes, sampler, scoring, sharding, step
 from gopd_jax.method import teachers_of
 from gopd_jax.reader import padded, require_fit
 from gopd_jax.setup import Role, Run
@@ -61,7 +61,7 @@ class Probe:
         self.ln_v = math.log(self.recipe.n_vocab)
         sample = self.compiled(step.sampling, self.student.decoder)
         self.rollout = sample(self.params(self.student), self.put(self.prompts), self.key)
-        self.mask_BT = sharding.gather(self.rollout.mask_BT)
+        self.mask_BT = processes.gather(self.rollout.mask_BT)
         self.logp_BT, _ = self.judge(self.student, self.rollout)
 
     def compiled(self, make, decoder, **options):
@@ -79,7 +79,7 @@ class Probe:
         """This process's rows as global arrays."""
         if hasattr(rows, "records"):
             rows = rows.replace(records=())
-        return sharding.to_global(self.run.mesh, rows)
+        return processes.to_global(self.run.mesh, rows)
 
     def mine(self, name: str) -> np.ndarray:
         """mine_B: rows that the role is asked about in training, a teacher its own tasks' alone."""
@@ -114,7 +114,7 @@ class Probe:
     def judge(self, role: Role, rollout: Rollout, view: View | None = None):
         """(logp_BT, entropy_BT) of the role, all rows, on the host."""
         judged = self.compiled(step.judging, role.decoder)(self.params(role), rollout, view)
-        return sharding.gather(judged)
+        return processes.gather(judged)
 
     def text(self, name: str, mine_B: np.ndarray) -> tuple[float, str]:
         """(mean log-prob of the data's completions, or of its prompts' words, what it is)."""
@@ -164,7 +164,7 @@ class Probe:
             self.put(np.ones(len(ids), bool)),
         )
         logp_BT, _ = self.judge(role, rows)
-        return logp_BT, sharding.gather(rows.mask_BT)
+        return logp_BT, processes.gather(rows.mask_BT)
 
     def own(self, name: str, mine_B: np.ndarray) -> float:
         """Mean log-prob, under the model, of its own greedy completions."""
@@ -172,7 +172,7 @@ class Probe:
         prompts = self.prompts.replace(tokens_BP=tokens_BP, valid_BP=valid_BP)
         sample = self.compiled(step.sampling, role.decoder, greedy=True)
         rollout = sample(self.params(role), self.put(prompts), self.key)
-        rollout = sharding.gather(rollout)
+        rollout = processes.gather(rollout)
         return mean(rollout.logp_BT, rollout.mask_BT & mine_B[:, None])
 
     def mass_on_other_ends(self, role: Role, view: View | None) -> tuple[np.ndarray, list[str]]:
@@ -194,11 +194,11 @@ class Probe:
 
         with sharding.use(self.run.mesh):
             mass_B = jax.jit(largest)(self.params(role), self.rollout, view)
-        return sharding.gather(mass_B), [role.tokenizer.contents[i] for i in others]
+        return processes.gather(mass_B), [role.tokenizer.contents[i] for i in others]
 
     def example(self) -> tuple[tuple[str, bool], ...]:
         """The first row's tokens as text, with whether each is learnt from."""
-        rows = sharding.gather(self.rollout)
+        rows = processes.gather(self.rollout)
         chat, valid_L = self.student.tokenizer, rows.valid_BL[0]
         learnt_L = np.concatenate([[False], rows.mask_BT[0]])
         decode = chat.backend.decode

@@ -1,4 +1,4 @@
-"""What the processes of a run do together, beside the arrays that they share."""
+"""What the processes of a run do together besides stepping, and global arrays to and from hosts."""
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +6,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from gopd_jax import sharding
 
 
 def shared_work() -> dict:
@@ -43,3 +45,42 @@ def in_turn(tree):
     if jax.process_count() > 1 and jax.default_backend() == "cpu":
         jax.block_until_ready(tree)
     return tree
+
+
+def to_global(mesh: Mesh, rows):
+    """A tree of this process's rows (NumPy, axis 0) -> global arrays sharded by rows."""
+    where = sharding.by_rows(mesh)
+    return jax.tree.map(
+        lambda x: jax.make_array_from_process_local_data(where, np.asarray(x)), rows
+    )
+
+
+def to_host(tree):
+    """A tree of global arrays sharded by rows -> this process's rows as NumPy arrays."""
+
+    def rows(x):
+        if x.is_fully_addressable:
+            return np.asarray(x)
+        shards = {shard.index[0].start or 0: shard for shard in x.addressable_shards}
+        return np.concatenate([np.asarray(shards[start].data) for start in sorted(shards)])
+
+    return jax.tree.map(rows, tree)
+
+
+def gather(tree):
+    """A tree of global arrays sharded by rows -> all rows as NumPy arrays, on every process."""
+    if all(x.is_fully_addressable for x in jax.tree.leaves(tree)):
+        return jax.tree.map(np.asarray, tree)
+    return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def whole(tree):
+    """A tree of global arrays of any sharding -> NumPy arrays, on every process."""
+    if all(x.is_fully_addressable for x in jax.tree.leaves(tree)):
+        return jax.tree.map(np.asarray, tree)
+
+    def copy(x):
+        everywhere = NamedSharding(x.sharding.mesh, P())
+        return np.asarray(jax.device_put(x, everywhere).addressable_data(0))
+
+    return jax.tree.map(copy, tree)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 
-from gopd_jax import card, hub, sharding
+from gopd_jax import card, hub, processes, sharding
 from gopd_jax import config as settings
 from gopd_jax.models import hf, lora
 from gopd_jax.models.params import table
@@ -36,7 +36,7 @@ def export(workdir: Path, this: Run, state: TrainState) -> Path:
             shutil.rmtree(half_written)
         text = card.text(workdir, int(state.step))
     if cfg.lora is not None and this.config.lora.export == "adapter":
-        adapters = sharding.whole(state.params)
+        adapters = processes.whole(state.params)
         if jax.process_index() == 0:
             base, revision = hub.named(this.student.path)
             lora.save_adapter(

@@ -23,7 +23,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from gopd_jax import command, rows, scoring, sharding
+from gopd_jax import command, processes, rows, scoring, sharding
 from gopd_jax.reader import padded
 from gopd_jax.types import Rollout
 
@@ -116,7 +116,7 @@ def _scored(
         nonlocal n_tokens
         n_tokens = sum(found[i].length for i in numbers)
         filled = [found[i] for i in rows.filled(numbers, bucket.n_rows)]
-        logp_BT = logps(sharding.to_global(model.mesh, _rollout(filled, bucket)))
+        logp_BT = logps(processes.to_global(model.mesh, _rollout(filled, bucket)))
         return [_result(i, found[i], logp_T) for i, logp_T in zip(numbers, logp_BT)]
 
     for some, n_made in rows.in_order(planned, run, start):
@@ -140,7 +140,7 @@ def _program(model: command.Model, temperature: float, head_chunk: int) -> Calla
 
     def run(rollout):
         with sharding.use(model.mesh):
-            return sharding.gather(compiled(model.params, rollout))
+            return processes.gather(compiled(model.params, rollout))
 
     return run
 

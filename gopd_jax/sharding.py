@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import mesh_utils, multihost_utils
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -252,44 +252,6 @@ def process_share(mesh: Mesh, n_rows: int) -> tuple[int, int]:
     if n_rows % size or starts[0] % size or size != len(starts) * (stops[0] - starts[0]):
         raise ValueError("this process's devices do not hold one run of rows: reorder the mesh")
     return starts[0] // size, n_rows // size
-
-
-def to_global(mesh: Mesh, rows):
-    """A tree of this process's rows (NumPy, axis 0) -> global arrays sharded by rows."""
-    return jax.tree.map(
-        lambda x: jax.make_array_from_process_local_data(by_rows(mesh), np.asarray(x)), rows
-    )
-
-
-def to_host(tree):
-    """A tree of global arrays sharded by rows -> this process's rows as NumPy arrays."""
-
-    def rows(x):
-        if x.is_fully_addressable:
-            return np.asarray(x)
-        shards = {shard.index[0].start or 0: shard for shard in x.addressable_shards}
-        return np.concatenate([np.asarray(shards[start].data) for start in sorted(shards)])
-
-    return jax.tree.map(rows, tree)
-
-
-def gather(tree):
-    """A tree of global arrays sharded by rows -> all rows as NumPy arrays, on every process."""
-    if all(x.is_fully_addressable for x in jax.tree.leaves(tree)):
-        return jax.tree.map(np.asarray, tree)
-    return multihost_utils.process_allgather(tree, tiled=True)
-
-
-def whole(tree):
-    """A tree of global arrays of any sharding -> NumPy arrays, on every process."""
-    if all(x.is_fully_addressable for x in jax.tree.leaves(tree)):
-        return jax.tree.map(np.asarray, tree)
-
-    def copy(x):
-        everywhere = NamedSharding(x.sharding.mesh, P())
-        return np.asarray(jax.device_put(x, everywhere).addressable_data(0))
-
-    return jax.tree.map(copy, tree)
 
 
 def over_shards(function, weights, positions, rows, *, apart: bool = True):

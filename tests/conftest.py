@@ -17,7 +17,7 @@ import optax
 import pytest
 import tiny
 
-from gopd_jax import command, sharding, step
+from gopd_jax import command, processes, sharding, step
 from gopd_jax.models import params as lm_params
 from gopd_jax.models.decoder import Decoder
 from gopd_jax.models.params import ModelConfig
@@ -165,7 +165,7 @@ def setting(make_model, make_mesh, make_prompts):
             reference=spread(mesh, reference),
         )
         task_B = np.repeat(np.arange(len(GROUP_ROWS)), GROUP_ROWS)
-        prompts = sharding.to_global(mesh, make_prompts(sum(GROUP_ROWS), 5, task_B))
+        prompts = processes.to_global(mesh, make_prompts(sum(GROUP_ROWS), 5, task_B))
         return dataclasses.replace(recipe, **changes), spread(mesh, student), frozen, prompts
 
     return make

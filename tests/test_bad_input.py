@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny
 
-from gopd_jax import data, main, sharding, step, train
+from gopd_jax import data, main, processes, step, train
 from gopd_jax.models import decoder as lm
 from gopd_jax.models import hf
 from gopd_jax.models import params as lm_params
@@ -119,7 +119,7 @@ def test_an_embedding_with_more_rows_than_the_students_is_as_good(root):
     assert [d.cfg.vocab_size for d in this.recipe.teachers] == [640, 512]
     assert this.recipe.n_vocab == 512  # further rows are neither drawn nor given any mass
     prompts = data.prompts(this.train, this.student.reader, 0, seed=0, n_prompts=8, rollouts=1)
-    rows = sharding.to_global(this.mesh, prompts.replace(records=()))
+    rows = processes.to_global(this.mesh, prompts.replace(records=()))
     state = init_state(this.recipe, this.student.params)
     advance = step.fused(this.recipe)
     _, rollout, found = advance(state, this.frozen, rows, jax.random.key(0))

@@ -10,6 +10,7 @@ from families import GEMMA3, MOE
 from test_step import KEY
 
 from gopd_jax import (
+    processes,
     sharding,
     step,
 )
@@ -83,7 +84,7 @@ PLACES = [
 @pytest.mark.parametrize(("name", "shape"), PLACES, ids=str)
 def test_scores_are_those_of_models_on_the_device(setting, first_step, name, shape):
     recipe, _, frozen, _ = case(setting, name, shape)
-    rollout = sharding.to_global(recipe.mesh, jax.device_get(first_step[0]))
+    rollout = processes.to_global(recipe.mesh, jax.device_get(first_step[0]))
     want = step.staged(recipe)[1](frozen, rollout)
     equal(step.staged(by_layer(recipe, frozen)[0])[1](away(frozen), rollout), want)
 
@@ -92,7 +93,7 @@ def test_scores_are_those_of_models_on_the_device(setting, first_step, name, sha
 def test_the_update_meets_the_heads_of_the_models_on_the_device(setting, first_step, shape):
     recipe, params, frozen, _ = case(setting, "the whole vocabulary", shape)
     recipe = dataclasses.replace(recipe, routes=((0, 0),))
-    rollout = sharding.to_global(recipe.mesh, jax.device_get(first_step[0]))
+    rollout = processes.to_global(recipe.mesh, jax.device_get(first_step[0]))
     _, score, update = step.staged(recipe)
     scores = score(frozen, rollout)
     want = update(init_state(recipe, params), rollout, scores, frozen)
@@ -159,7 +160,7 @@ def test_what_comes_in_keeps_its_shards(setting, first_step, layers):
     """Else its shards would be gathered before the copy, on the hosts."""
     recipe, _, frozen, _ = setting((2, 2, 2))
     there = by_layer(recipe, frozen) if layers else (recipe, away(frozen))
-    rollout = sharding.to_global(recipe.mesh, jax.device_get(first_step[0]))
+    rollout = processes.to_global(recipe.mesh, jax.device_get(first_step[0]))
     found = set()
     for shape, _, _, user in of_score(*there, rollout):
         assert user.primitive.name == "sharding_constraint"

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from gopd_jax import sharding, step
+from gopd_jax import processes, step
 from gopd_jax.recipe import init_state
 
 
@@ -25,7 +25,7 @@ def test_steps_of_other_lengths_compile_nothing(setting):
         valid_BP = np.arange(5) >= 4 - (np.arange(16)[:, None] + i) % 5
         tokens_BP = np.where(valid_BP, np.arange(5) + i, -1).astype(np.int32)
         changed = jax.device_get(prompts).replace(tokens_BP=tokens_BP, valid_BP=valid_BP)
-        wholes.append(sharding.to_global(recipe.mesh, changed))
+        wholes.append(processes.to_global(recipe.mesh, changed))
     state, rollout, _ = run(state, frozen, wholes[0], keys[0])
     jax.monitoring.register_event_duration_secs_listener(count)
     try:

@@ -206,7 +206,7 @@ def test_the_target_is_that_of_the_rows_own_lambda_at_the_step_and_the_divergenc
 
 @pytest.mark.slow
 @pytest.mark.parametrize(  # data, fsdp, tensor, expert, sequence
-    "shape", [(2, 1, 2), pytest.param((2, 1, 2, 1, 2), marks=pytest.mark.slow)], ids=str
+    "shape", [(2, 1, 2), (2, 1, 2, 1, 2)], ids=str
 )
 def test_neither_mesh_nor_chunks_change_a_figure(plain, shape):
     close(looked(OPTIONS, reward_B=REWARD_B, shape=shape, head_chunk=4), plain)

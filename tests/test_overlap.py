@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny
 
-from gopd_jax import advance, checkpoint, data, metrics, processes, sharding, signals, train
+from gopd_jax import advance, checkpoint, data, metrics, processes, signals, train
 from gopd_jax.setup import prepare
 from gopd_jax.types import TrainState
 from gopd_jax.verifiers import Verdict
@@ -110,7 +110,7 @@ class Staged:
         self.stepper = advance.Stepper(self.run)
         self.stepper.generate, self.stepper.score = self.generate, self.score
         self.stepper.update, self.written = self.update, 0
-        monkeypatch.setattr(sharding, "to_host", self.fetch)
+        monkeypatch.setattr(processes, "to_host", self.fetch)
         monkeypatch.setattr(advance, "completions", lambda tokenizer, rollout: rollout)
         monkeypatch.setattr(advance, "verify", self.verify)
 

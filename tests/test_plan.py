@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
-from gopd_jax import abstract, advance, phases, plan, reads, setup, sharding
+from gopd_jax import abstract, advance, phases, plan, processes, reads, setup
 from gopd_jax.chips import Chip, Topology
 from gopd_jax.config import Critic, Lora, Mesh, Model
 from gopd_jax.flops import Work
@@ -85,7 +85,7 @@ def require_same(config):
     assert told(planned.frozen) == told(real.frozen)
     state = init_state(real.recipe, real.student.params)
     assert told(abstract.state(planned)) == told(state)
-    rows = sharding.to_global(real.mesh, advance.prompts_of(real)(0).replace(records=()))
+    rows = processes.to_global(real.mesh, advance.prompts_of(real)(0).replace(records=()))
     assert told(planned.prompts) == told(rows)
     static = "routes mixture source group_rows completion_length microbatches head_chunk ema_decay"
     static += " updates epochs lag critic student teachers reference temperature"

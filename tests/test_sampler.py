@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gopd_jax import drawing, sampler, scoring, sharding
+from gopd_jax import drawing, processes, sampler, scoring, sharding
 from gopd_jax.models import decoder as lm
 from gopd_jax.models.params import logical_axes
 from gopd_jax.types import Prompts, Rollout
@@ -132,7 +132,7 @@ def test_every_mesh_draws_the_same(sample, make_prompts, make_mesh, make_model, 
     decoder, params = make_model()
     layout = sharding.shardings(mesh, logical_axes(decoder.cfg), sharding.DECODE)
     with sharding.use(mesh):
-        got = sample(sharding.to_global(mesh, prompts), params=jax.device_put(params, layout))
+        got = sample(processes.to_global(mesh, prompts), params=jax.device_put(params, layout))
     same(got, sample(prompts))
 
 

@@ -12,7 +12,7 @@ from families import MOE
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from gopd_jax import sharding
+from gopd_jax import processes, sharding
 from gopd_jax.models.params import abstract_params, logical_axes
 
 
@@ -174,10 +174,10 @@ def test_rules_and_mesh_are_in_force_inside_use_and_nowhere_else(make_mesh):
 def test_rows_go_to_the_devices_and_come_back_in_order(make_mesh):
     mesh = make_mesh((2, 2, 2))
     rows = {"x": np.arange(24).reshape(8, 3), "y": np.arange(8) > 2}
-    placed = sharding.to_global(mesh, rows)
+    placed = processes.to_global(mesh, rows)
     assert placed["x"].sharding.spec == P(("data", "fsdp", "expert"))
     assert {shard.data.shape for shard in placed["x"].addressable_shards} == {(2, 3)}
-    for back in (sharding.to_host(placed), sharding.gather(placed)):
+    for back in (processes.to_host(placed), processes.gather(placed)):
         assert isinstance(back["x"], np.ndarray)
         np.testing.assert_array_equal(back["x"], rows["x"])
         np.testing.assert_array_equal(back["y"], rows["y"])
@@ -191,7 +191,7 @@ def test_a_process_joins_its_own_shards_in_order_of_rows():
         for a, b in ((6, 8), (4, 6), (6, 8), (4, 6))
     ]
     array = SimpleNamespace(is_fully_addressable=False, addressable_shards=shards)
-    np.testing.assert_array_equal(sharding.to_host([array])[0], data)
+    np.testing.assert_array_equal(processes.to_host([array])[0], data)
 
 
 def test_rows_are_held_to_the_row_axes_inside_a_jit(make_mesh):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gopd_jax import drawing, sampler, sharding
+from gopd_jax import drawing, processes, sampler, sharding
 from gopd_jax.models import decoder as lm
 from gopd_jax.models.params import logical_axes
 from tests.families import MODELS, random_params
@@ -75,7 +75,7 @@ def test_every_shard_serves_its_own_rows_and_draws_the_same(
     layout = sharding.shardings(mesh, logical_axes(decoder.cfg), sharding.DECODE)
     with sharding.use(mesh):
         got = sample(
-            prompts=sharding.to_global(mesh, prompts),
+            prompts=processes.to_global(mesh, prompts),
             params=jax.device_put(params, layout),
             slots=8,
             n_shards=4,

@@ -20,7 +20,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from gopd_jax import data, sharding, step
+from gopd_jax import data, processes, sharding, step
 from gopd_jax.evaluate import completions, evaluate
 from gopd_jax.metrics import bar
 from gopd_jax.microworld import tasks, tokenizer
@@ -233,15 +233,15 @@ def train(stage: Stage, params, chat, mesh, seed: int, log):
     batches = data.prefetch(make, 0)
     for i in bar(stage.steps, stage.name):
         prompts = next(batches)
-        rows = sharding.to_global(mesh, prompts.replace(records=()))
+        rows = processes.to_global(mesh, prompts.replace(records=()))
         key = jax.random.fold_in(jax.random.key(seed), i)
         if imitates:
             state, _, metrics = fused(state, frozen, rows, key)
         else:
             rollout = generate(state.params, frozen, rows, key)
-            verdicts = verify(completions(chat, sharding.gather(rollout)), prompts.records)
+            verdicts = verify(completions(chat, processes.gather(rollout)), prompts.records)
             reward_B = np.array([verdict.score for verdict in verdicts], np.float32)
-            scores = step.Scores(reward_B=sharding.to_global(mesh, reward_B))
+            scores = step.Scores(reward_B=processes.to_global(mesh, reward_B))
             state, metrics = update(state, rollout, scores)
             metrics["reward"] = step.Mean.of(reward_B)
         if i % 100 == 0 or i == stage.steps - 1 or not imitates:
