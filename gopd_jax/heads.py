@@ -97,18 +97,22 @@ def read(
 
     arrays["given"] = jax.tree.map(aligned, given or {})
 
-    by_row = lam if jnp.ndim(lam) else None
+    by_row = at_step = None
+    if jnp.ndim(lam):
+        by_row = lam
+    elif not isinstance(lam, (int, float)):  # such a number stays one: at 1 there may be no ref
+        at_step = lam
 
     def head(weights, chunk, by_row):
-        params, heads, lam = weights
-        lam = lam if by_row is None else by_row
-        return _head(recipe, params, heads, chunk, lam, grad=grad, look=look)
+        params, heads, at_step = weights
+        now = next((x for x in (by_row, at_step) if x is not None), lam)
+        return _head(recipe, params, heads, chunk, now, grad=grad, look=look)
 
     # In float32, so that its gradient is summed in float32 over chunks and shards.
     own = jax.tree.map(lambda x: x.astype(jnp.float32), lm.head_params(recipe.student, params))
     found_C = scoring.in_chunks(
         head,
-        (own, heads, lam if by_row is None else None),
+        (own, heads, at_step),
         arrays,
         by_row,
         chunk=recipe.head_chunk,

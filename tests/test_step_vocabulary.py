@@ -165,6 +165,15 @@ def test_every_mesh_gives_the_same_step(plain, shape):
     agree(full.setting(shape, options=EVERYTHING).descent(), plain)
 
 
+@pytest.mark.parametrize("shape", [(2, 1, 1), (1, 1, 1, 1, 2)], ids=str)
+@pytest.mark.parametrize("routes", [(0, 0), (0, 1)], ids=["one teacher", "a teacher each"])
+def test_plain_distillation_asks_for_no_reference_on_any_mesh(shape, routes):
+    options = {"loss": "exact", "divergence": "jsd", "lam": 1.0}
+    few = {"teachers": full.TEACHERS[: 1 + max(routes)], "routes": (routes,)}
+    want = full.setting(options=options, **few).descent()
+    agree(full.setting(shape, options=options, **few).descent(), want)
+
+
 def test_layers_that_are_recomputed_change_nothing(plain):
     student = dataclasses.replace(full.model(*full.STUDENT)[0], remat="layers")
     agree(full.setting(options=EVERYTHING, student=student).descent(), plain)
