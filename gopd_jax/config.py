@@ -1,10 +1,11 @@
 """Every setting of a run: its type, its default and one comment. `Config.problems()` checks them.
 
 Each is a flag, typed by its annotation: `--config.objective.lam=1.5`, `--config.profile=none`,
-`--config.data.tasks='("math", "code")'`. A section that may be None needs
-`--config.reference=build` before its fields.
+`--config.data.tasks='("math", "code")'`, `--config.routes='{"math": "large"}'`. A section that may
+be None needs `--config.reference=build` before its fields.
 """
 
+import ast
 import dataclasses
 import hashlib
 import json
@@ -289,12 +290,31 @@ class _OrNone(flags.ArgumentParser):
         return f"{self.parser.flag_type()} or none"
 
 
-def accept_none() -> None:
-    """Let flags say none, as in --config.evaluation.every=none; call it before flags are parsed.
+class _Mapping(flags.ArgumentParser):
+    """A dict as Python writes it."""
+
+    def parse(self, argument):
+        try:
+            value = argument if isinstance(argument, dict) else ast.literal_eval(argument)
+        except (ValueError, SyntaxError):
+            value = None
+        if not isinstance(value, dict):
+            raise ValueError("""write it as Python does: '{"math": "large", "code": "large"}'""")
+        return value
+
+    def flag_type(self):
+        return "dict"
+
+
+def accept_none_and_dicts() -> None:
+    """Let flags say none, as in --config.evaluation.every=none, and dicts, as in
+    --config.routes='{"math": "large"}'; call it before flags are parsed.
 
     ml_collections reads a setting that may be None by the parser of its other type, which has no
     word for None. Where a setting may not be None, Config.problems() says so.
     """
+    for mapping in (dict[str, str], dict[str, float]):
+        config_flags.register_flag_parser_for_type(mapping, _Mapping())
     config_flags.register_flag_parser_for_type(int, _OrNone(flags.IntegerParser()))
     config_flags.register_flag_parser_for_type(float, _OrNone(flags.FloatParser()))
     config_flags.register_flag_parser_for_type(str, _OrNone(flags.ArgumentParser()))

@@ -20,7 +20,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from gopd_jax import memory
-from gopd_jax.config import Config, accept_none
+from gopd_jax.config import Config, accept_none_and_dicts
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Preset, such as configs/exopd.py.")
 COORDINATOR = flags.DEFINE_string(
@@ -74,7 +74,7 @@ def main(argv):
 
 def parse(argv):
     """Flags of the command line. What is wrong with them or with the preset ends the program."""
-    accept_none()
+    accept_none_and_dicts()
     if unknown := unknown_settings(argv):
         refuse("\n".join(unknown))
     try:

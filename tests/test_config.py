@@ -31,7 +31,7 @@ def get_config(arg=None):
 def parsed(tmp_path):
     """parsed(*flags, preset) -> the Config that the command line makes."""
     (tmp_path / "preset.py").write_text(PRESET)
-    settings.accept_none()
+    settings.accept_none_and_dicts()
 
     def parse(*words, preset="preset.py"):
         values, argv = flags.FlagValues(), ["main", f"--config={tmp_path / preset}", *words]
@@ -64,6 +64,8 @@ def parsed(tmp_path):
         ("--config.profile=none", "profile", None),
         ("--config.teachers.math.path=/t", "teachers.math.path", "/t"),
         ("--config.student.dtype=bfloat16", "student.dtype", "bfloat16"),
+        ('--config.routes={"math": "a=0.7, b=0.3"}', "routes.math", "a=0.7, b=0.3"),
+        ("--config.objective.task_lam={'math': 1.5}", "objective.task_lam.math", 1.5),
         ("--config.objective.reduction=sequence_sum(length=8)",)
         + ("objective.reduction", "sequence_sum(length=8)"),
     ],
@@ -71,7 +73,7 @@ def parsed(tmp_path):
 def test_a_flag_is_read_as_its_setting_is_annotated_and_changes_no_other(parsed, flag, key, value):
     before = {k: v for k, v, _ in problems.leaves(parsed())}
     after = {k: v for k, v, _ in problems.leaves(parsed(flag))}
-    assert {k for k in after if after[k] != before[k]} <= {key}
+    assert {k for k in after if after[k] != before.get(k)} <= {key}
     assert after[key] == value
     assert type(after[key]) is type(value)
 
@@ -95,6 +97,8 @@ def test_an_absent_section_is_built_and_filled_and_taken_away(parsed):
         ("--config.objective.lam=more", "lam=more"),
         ("--config.evaluation.teachers=maybe", "teachers=maybe"),
         ("--config.teachers={}", "not supported"),
+        ("--config.routes=math=large", 'write it as Python does: \'{"math": "large"'),
+        ("--config.objective.task_lam=1.5", "write it as Python does"),
     ],
 )
 def test_a_flag_of_the_wrong_type_is_an_error(parsed, flag, words):
