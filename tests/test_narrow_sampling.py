@@ -217,6 +217,16 @@ def test_widths_change_no_completion(sample, make_prompts, name, slots):
     )
 
 
+def test_longer_prompts_than_the_first_ones_pass_through_the_slots(sample, make_prompts):
+    # The first five rows' prompts are cut to four tokens; those behind them have twelve.
+    tokens_BP = np.random.default_rng(3).integers(0, 61, (N_ROWS, 12))
+    short_B1 = (np.arange(N_ROWS) < 5)[:, None]
+    valid_BP = ~short_B1 | (np.arange(12) >= 9)
+    prompts = make_prompts(N_ROWS, 12).replace(tokens_BP=tokens_BP, valid_BP=valid_BP)
+    got = sample("qwen3", prompts=prompts, buckets=4, prompt_buckets=3, slots=5)
+    same(got, sample("qwen3", prompts=prompts))
+
+
 def test_log_probs_are_of_the_weights_that_sampled(sample, make_mesh, n_vocab):
     decoder, params = model("qwen3")
     mesh = make_mesh((1, 1, 1))
