@@ -1376,6 +1376,13 @@ MUTANTS = (
             "jnp.int32) < longest - 1).sum()",
             "test_narrow_sampling.py::test_prompts_are_cut_to_the_width_of_the_longest",
         ),
+        (
+            "coming-prompts-forgotten",
+            "prompts are cut to the longest of the first rows, whatever will take their slots",
+            "jnp.argmax(valid_BP.any(0) | valid_RP.any(0))",
+            "jnp.argmax(valid_BP.any(0))",
+            "test_narrow_sampling.py::test_longer_prompts_than_the_first_ones_pass_through_the_slots",
+        ),
     ),
     *_of(
         "models/ops.py",
