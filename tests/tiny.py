@@ -67,14 +67,26 @@ def sizeable(cfg, seed):
     return jax.tree.map(lambda x: jnp.where(x.std() > 0, 8, 1) * x, params)
 
 
-def build(root: Path) -> Path:
+def with_experts() -> lm_params.ModelConfig:
+    """CFG's sizes, with four experts for the MLP."""
+    return dataclasses.replace(
+        CFG,
+        architecture="qwen3_moe",
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        norm_topk_prob=True,
+    )
+
+
+def build(root: Path, cfg: lm_params.ModelConfig = CFG) -> Path:
     """Random checkpoints, train.jsonl, test.jsonl and preset.py under `root`; the preset's path."""
     tokenizer.build(root / "tokenizer", problems=2000)
     # So many ends that random models write completions of several lengths.
     ends = {"eos_token_id": list(range(2, 90))}
     (root / "tokenizer" / "generation_config.json").write_text(json.dumps(ends))
     for seed, name in enumerate(MODELS):
-        hf.save(root / name, CFG, sizeable(CFG, seed), tokenizer_dir=root / "tokenizer")
+        hf.save(root / name, cfg, sizeable(cfg, seed), tokenizer_dir=root / "tokenizer")
     for split, n in (("train", 12), ("test", 3)):
         rows = [row(task, i, split) for i in range(n) for task in tasks.TASKS]
         (root / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))

@@ -1,0 +1,53 @@
+"""What benchmarks/combinations.py draws is allowed, and what it compares is noticed."""
+
+import math
+
+import pytest
+import tiny
+
+from benchmarks import combinations
+
+
+@pytest.fixture(scope="module")
+def roots(tmp_path_factory):
+    roots = tmp_path_factory.mktemp("combinations")
+    for name, cfg in combinations.ROOTS.items():
+        tiny.build(roots / name, cfg)
+    return roots
+
+
+def test_what_is_drawn_is_allowed_and_the_seeds_alone(roots):
+    drawn = [combinations.draw(seed, roots) for seed in range(6)]
+    assert drawn == [combinations.draw(seed, roots) for seed in range(6)]
+    assert len({str(one) for one in drawn}) == 6
+    for one in drawn:
+        single = combinations.one_device(one.mesh)
+        assert one.config(roots, single, roots / "run").problems() == []
+        assert math.prod(one.mesh.values()) in (2, 4, 8)
+
+
+ROWS = [{"step": n, "loss": 0.5, "kl_ref": 0.0, "step_seconds": n} for n in (1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"step_seconds": 9.0}, []),
+        ({"loss": 0.50005}, []),
+        ({"loss": 0.5002}, ["step 1: loss is 0.5 and 0.5002"]),
+        ({"kl_ref": 1e-4}, ["step 1: kl_ref is 0 and 0.0001"]),
+        ({"kl_ref": math.nan}, ["step 1: kl_ref is 0 and nan"]),
+        ({"more": 1.0}, ["more is of one alone"]),
+    ],
+)
+def test_what_differs_is_told(changes, said):
+    assert combinations.differences(ROWS, [ROWS[0] | changes, ROWS[1]]) == said
+
+
+def test_a_run_that_ends_early_differs():
+    assert combinations.differences(ROWS, ROWS[:1]) == ["2 rows and 1"]
+
+
+@pytest.mark.slow
+def test_a_combination_is_equal_on_its_mesh(roots):
+    assert combinations.answer(21, roots) == ("equal", str({"fsdp": 2}))
