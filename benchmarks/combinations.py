@@ -27,9 +27,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from unittest import mock
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before JAX is imported; the workers inherit these
-os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
-
 import jax
 from rich.console import Console
 from rich.progress import track
@@ -40,9 +37,7 @@ from gopd_jax.objectives.objective import TABLES
 from tests import tiny
 from tests.feeding import WITH_OPTIONS
 
-os.environ.setdefault("XLA_FLAGS", tiny.CHEAP)  # read when the backend starts
-
-ROOTS = {"dense": tiny.CFG, "experts": tiny.with_experts()}
+MODELS = {"dense": tiny.CFG, "experts": tiny.with_experts()}
 AXES = ("data", "fsdp", "sequence", "tensor", "expert")
 ROUTES = (
     {},  # each task has the teacher of its name
@@ -62,7 +57,6 @@ OPTIONS = WITH_OPTIONS | {
     "linear": "linear(steps=3)",
     "cosine": "cosine(steps=3)",
 }
-MEASURED = ("second", "time", "tok", "peak", "memory", "bytes")  # of the machine, not of the run
 CLOSE = (2e-4, 5e-3)  # of the first step, and of the second, behind an update by Adam
 
 
@@ -173,8 +167,12 @@ def _mesh(r: random.Random, axes: tuple[str, ...]) -> dict:
     return mesh
 
 
+class Refused(Exception):
+    """What is said of settings before the first compile."""
+
+
 def steps(drawn: Drawn, roots: Path, mesh: dict) -> list[dict]:
-    """Rows of metrics.jsonl of two steps on as many devices as the mesh has."""
+    """Rows of metrics.jsonl of two steps on as many devices as the mesh has, or Refused."""
     workdir = Path(tempfile.mkdtemp(dir=roots))
     devices = jax.devices()[: math.prod(mesh.values())]
     said = io.StringIO()
@@ -184,10 +182,19 @@ def steps(drawn: Drawn, roots: Path, mesh: dict) -> list[dict]:
             contextlib.redirect_stdout(said),
             contextlib.redirect_stderr(said),
         ):
-            train.run(drawn.config(roots, mesh, workdir))
+            try:
+                begun = train.begin(drawn.config(roots, mesh, workdir))
+            except ValueError as error:
+                raise Refused(error) from error
+            train.finish(train.check(begun))
         return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     finally:
         shutil.rmtree(workdir)
+
+
+def _near(x, y, close: float) -> bool:
+    numbers = isinstance(x, (int, float)) and isinstance(y, (int, float))
+    return numbers and math.isclose(x, y, rel_tol=close, abs_tol=1e-2 * close)
 
 
 def differences(one: list[dict], many: list[dict]) -> list[str]:
@@ -196,23 +203,28 @@ def differences(one: list[dict], many: list[dict]) -> list[str]:
     for a, b, close in zip(one, many, CLOSE):
         found += [f"{key} is of one alone" for key in sorted(a.keys() ^ b.keys())]
         for key in sorted(a.keys() & b.keys()):
-            if any(word in key for word in MEASURED) or not isinstance(a[key], (int, float)):
-                continue
-            if not math.isclose(a[key], b[key], rel_tol=close, abs_tol=1e-2 * close):
-                found.append(f"step {a['step']}: {key} is {a[key]:.6g} and {b[key]:.6g}")
+            x, y = a[key], b[key]
+            if x != y and not _near(x, y, close):
+                found.append(f"step {a['step']}: {key} is {x} and {y}")
     return found
 
 
 def answer(seed: int, roots: Path) -> tuple[str, str]:
+    """`compared` of what the seed draws, for which the first call makes the models."""
+    for name, cfg in MODELS.items():
+        if not (roots / name).exists():
+            tiny.build(roots / name, cfg)
+    return compared(draw(seed, roots), roots)
+
+
+def compared(drawn: Drawn, roots: Path) -> tuple[str, str]:
     """("equal" | "refused" | "differs" | "fails", what there is to say)."""
-    drawn = draw(seed, roots)
     mesh = str({axis: n for axis, n in drawn.mesh.items() if n > 1})
     try:
+        many = steps(drawn, roots, drawn.mesh)
         one = steps(drawn, roots, one_device(drawn.mesh))
-        try:
-            many = steps(drawn, roots, drawn.mesh)
-        except ValueError as error:
-            return "refused", f"{mesh}\n{error}"
+    except Refused as error:
+        return "refused", f"{mesh}\n{error}"
     except Exception as error:
         return "fails", f"{mesh}\n{type(error).__name__}: {error}\n{drawn}"
     finally:
@@ -226,9 +238,11 @@ def main() -> int:
     parser.add_argument("--seeds", default="0:20", help="first:end")
     first, end = map(int, parser.parse_args().seeds.split(":"))
     words = []
+    # Of the workers, whose JAX starts with it.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+    os.environ.setdefault("XLA_FLAGS", tiny.CHEAP)
     with tempfile.TemporaryDirectory() as roots:
-        for name, cfg in ROOTS.items():
-            tiny.build(Path(roots) / name, cfg)
         pool = None
         screen = Console(stderr=True)
         seeds = range(first, end)

@@ -1,5 +1,6 @@
 """What benchmarks/combinations.py draws is allowed, and what it compares is noticed."""
 
+import dataclasses
 import math
 
 import pytest
@@ -11,7 +12,7 @@ from benchmarks import combinations
 @pytest.fixture(scope="module")
 def roots(tmp_path_factory):
     roots = tmp_path_factory.mktemp("combinations")
-    for name, cfg in combinations.ROOTS.items():
+    for name, cfg in combinations.MODELS.items():
         tiny.build(roots / name, cfg)
     return roots
 
@@ -26,17 +27,18 @@ def test_what_is_drawn_is_allowed_and_the_seeds_alone(roots):
         assert math.prod(one.mesh.values()) in (2, 4, 8)
 
 
-ROWS = [{"step": n, "loss": 0.5, "kl_ref": 0.0, "step_seconds": n} for n in (1, 2)]
+ROWS = [{"step": n, "loss": 0.5, "kl_ref": 0.0, "tokens": 34.0} for n in (1, 2)]
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"step_seconds": 9.0}, []),
         ({"loss": 0.50005}, []),
         ({"loss": 0.5002}, ["step 1: loss is 0.5 and 0.5002"]),
-        ({"kl_ref": 1e-4}, ["step 1: kl_ref is 0 and 0.0001"]),
-        ({"kl_ref": math.nan}, ["step 1: kl_ref is 0 and nan"]),
+        ({"kl_ref": 1e-4}, ["step 1: kl_ref is 0.0 and 0.0001"]),
+        ({"kl_ref": math.nan}, ["step 1: kl_ref is 0.0 and nan"]),
+        ({"kl_ref": None}, ["step 1: kl_ref is 0.0 and None"]),
+        ({"tokens": 33.0}, ["step 1: tokens is 34.0 and 33.0"]),
         ({"more": 1.0}, ["more is of one alone"]),
     ],
 )
@@ -48,6 +50,34 @@ def test_a_run_that_ends_early_differs():
     assert combinations.differences(ROWS, ROWS[:1]) == ["2 rows and 1"]
 
 
+GKD = combinations.Drawn(
+    models="dense",
+    objective={"lam": 1.0, "loss": "exact", "divergence": "jsd"},
+    sections={
+        "batch": {"prompts": 8},
+        "sampling": {"completion_length": 6},
+        "routes": {"math": "math", "code": "math"},
+    },
+    placement="device",
+    reference=False,
+    mesh={"fsdp": 2},
+)
+
+
+def test_a_mesh_that_does_not_divide_is_refused_and_what_ends_otherwise_fails(roots, monkeypatch):
+    word, said = combinations.compared(dataclasses.replace(GKD, mesh={"tensor": 8}), roots)
+    assert word == "refused"
+    assert "does not divide" in said
+
+    def breaks(_):
+        raise ValueError("shapes of a program")
+
+    monkeypatch.setattr(combinations.train, "check", breaks)
+    word, said = combinations.compared(GKD, roots)
+    assert word == "fails"
+    assert "ValueError: shapes of a program" in said
+
+
 @pytest.mark.slow
 def test_a_combination_is_equal_on_its_mesh(roots):
-    assert combinations.answer(21, roots) == ("equal", str({"fsdp": 2}))
+    assert combinations.compared(GKD, roots) == ("equal", str(GKD.mesh))

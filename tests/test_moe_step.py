@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+import tiny
 
 from gopd_jax import sharding, step
 from gopd_jax.models import moe
@@ -15,15 +16,7 @@ from gopd_jax.recipe import init_state
 
 def routed(mesh, dense: Decoder, seed: int):
     """(decoder, params on the mesh) of a dense decoder's sizes, with four experts for its MLP."""
-    cfg = dataclasses.replace(
-        dense.cfg,
-        architecture="qwen3_moe",
-        num_experts=4,
-        num_experts_per_tok=2,
-        moe_intermediate_size=16,
-        norm_topk_prob=True,
-        tie_word_embeddings=False,
-    )
+    cfg = tiny.with_experts(dense.cfg, tie_word_embeddings=False)
     params = lm_params.init(cfg, jax.random.key(seed))
     params = jax.tree.map(lambda x: 8 * x if x.std() > 0 else x, params)
     return Decoder(cfg), jax.device_put(

@@ -67,15 +67,16 @@ def sizeable(cfg, seed):
     return jax.tree.map(lambda x: jnp.where(x.std() > 0, 8, 1) * x, params)
 
 
-def with_experts() -> lm_params.ModelConfig:
-    """CFG's sizes, with four experts for the MLP."""
+def with_experts(cfg: lm_params.ModelConfig = CFG, **changes) -> lm_params.ModelConfig:
+    """A dense model's sizes, with four experts for its MLP."""
     return dataclasses.replace(
-        CFG,
+        cfg,
         architecture="qwen3_moe",
         num_experts=4,
         num_experts_per_tok=2,
         moe_intermediate_size=16,
         norm_topk_prob=True,
+        **changes,
     )
 
 
