@@ -1379,7 +1379,7 @@ MUTANTS = (
         (
             "coming-prompts-forgotten",
             "prompts are cut to the longest of the first rows, whatever will take their slots",
-            "jnp.argmax(valid_BP.any(0) | valid_RP.any(0))",
+            "jnp.argmax(all_RP.any(0))",
             "jnp.argmax(valid_BP.any(0))",
             "test_narrow_sampling.py::test_longer_prompts_than_the_first_ones_pass_through_the_slots",
         ),

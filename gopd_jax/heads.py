@@ -97,15 +97,13 @@ def read(
 
     arrays["given"] = jax.tree.map(aligned, given or {})
 
-    by_row = at_step = None
-    if jnp.ndim(lam):
-        by_row = lam
-    elif not isinstance(lam, (int, float)):  # such a number stays one: at 1 there may be no ref
-        at_step = lam
+    by_row = lam if jnp.ndim(lam) else None
+    # A plain number stays one: as an array of the shards, 1 would ask for a reference.
+    at_step = lam if by_row is None and isinstance(lam, jax.Array) else None
 
     def head(weights, chunk, by_row):
         params, heads, at_step = weights
-        now = next((x for x in (by_row, at_step) if x is not None), lam)
+        now = next(x for x in (by_row, at_step, lam) if x is not None)
         return _head(recipe, params, heads, chunk, now, grad=grad, look=look)
 
     # In float32, so that its gradient is summed in float32 over chunks and shards.

@@ -135,7 +135,7 @@ class _Loop:
         tokens_BP, valid_BP, keys_B = rows
         total, width = n_shards * n_slots, tokens_BP.shape[1] + self.length
         model = self.decoder, self.params
-        cached = self.cached | {"length": width, "coming_RP": self.prompts.valid_BP}
+        cached = self.cached | {"length": width, "all_RP": self.prompts.valid_BP}
         hidden_BD, cache = lm.prefill(*model, tokens_BP, valid_BP, **cached)
         zero_B, none_B = jnp.zeros(total, jnp.int32), jnp.zeros(total, bool)
 

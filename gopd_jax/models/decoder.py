@@ -234,15 +234,16 @@ def prefill(
     length: int,
     buckets: int = 1,
     prompt_buckets: int = 1,
-    coming_RP=None,
+    all_RP=None,
     cache_dtype: str | None = None,
 ):
     """(hidden_BD at the last position, Cache of `length` slots with the prompts in the first P).
 
     Prompts are left-padded, so that the last position is each row's last token. buckets: widths
     at which the cache is read; prompt_buckets: widths to which prompts are cut, the least that
-    holds the longest of these and of coming_RP: valid tokens of prompts that `admit` may put into
-    this cache. cache_dtype: of quantized.DTYPES, or None.
+    holds the longest of all_RP: bool, the valid tokens of all prompts that this cache will hold,
+    those that `admit` puts there among them; None: valid_BP. cache_dtype: of quantized.DTYPES, or
+    None.
     """
     n_prompt = tokens_BP.shape[1]
     if length < n_prompt:
@@ -261,8 +262,8 @@ def prefill(
         return at(n_prompt)
     # A longer prompt, admitted behind shorter ones, would begin before the first slot: at the end
     # of the ring, which is not read until all of it is.
-    valid_RP = valid_BP if coming_RP is None else coming_RP
-    longest = n_prompt - jnp.argmax(valid_BP.any(0) | valid_RP.any(0))
+    all_RP = valid_BP if all_RP is None else all_RP
+    longest = n_prompt - jnp.argmax(all_RP.any(0))
     which = (jnp.array(sizes[:-1], jnp.int32) < longest).sum()
     return jax.lax.switch(which, [functools.partial(at, width) for width in sizes])
 
