@@ -277,5 +277,8 @@ def _completion(record: Record, tokenizer: Tokenizer, stop: Sequence[int] = ()) 
     """Ids with one end token; ValueError where another end, or one of `stop`, is among them."""
     ids = tokenizer.encode(record.completion)
     if ends := set(ids) & {*tokenizer.eos_ids, *stop}:
-        raise ValueError(f"{record.source}: its completion holds the end token {sorted(ends)}")
+        raise ValueError(
+            f"{record.source}: its completion holds the end token {sorted(ends)}; take it out of "
+            "the text, to which one end is added"
+        )
     return [*ids, tokenizer.eos_ids[0]]

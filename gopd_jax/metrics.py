@@ -156,7 +156,8 @@ class Writer:
         for row in rows:
             for key in ("accuracy", "stderr", "length", "truncated"):
                 tag = f"evaluation/{row['task']}/{row['model']}/{key}"
-                self._board.add_scalar(tag, row[key], row["step"])
+                if math.isfinite(row[key]):  # of one problem there is no standard error
+                    self._board.add_scalar(tag, row[key], row["step"])
 
     def samples(self, rows: Iterable[dict]) -> None:
         """Completions with the keys SAMPLE_KEYS into samples.jsonl, replaced as evaluations are."""

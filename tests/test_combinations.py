@@ -4,7 +4,6 @@ import dataclasses
 import math
 
 import pytest
-import tiny
 
 from benchmarks import combinations
 
@@ -13,7 +12,7 @@ from benchmarks import combinations
 def roots(tmp_path_factory):
     roots = tmp_path_factory.mktemp("combinations")
     for name, cfg in combinations.MODELS.items():
-        tiny.build(roots / name, cfg)
+        combinations.build(roots / name, cfg)
     return roots
 
 
@@ -46,6 +45,23 @@ def test_what_differs_is_told(changes, said):
     assert combinations.differences(ROWS, [ROWS[0] | changes, ROWS[1]]) == said
 
 
+def test_a_sampler_of_eight_bits_is_as_near_as_rounding_is():
+    rows = [row | {"sampler_kl": 2.8e-4} for row in ROWS]
+    others = [row | {"sampler_kl": 2.9e-4} for row in ROWS]
+    told = ["step 1: sampler_kl is 0.00028 and 0.00029"]  # the second step may be 5e-5 apart
+    assert combinations.differences(rows, others) == told
+    assert combinations.differences(rows, others, eight_bits=True) == []
+    others = [row | {"sampler_kl": 3.6e-4} for row in ROWS]
+    assert len(combinations.differences(rows, others, eight_bits=True)) == 2
+
+
+def test_a_second_step_that_is_made_again_is_held_to_the_second():
+    again = [*ROWS, ROWS[1] | {"loss": 0.502}]
+    assert combinations.differences([*ROWS, ROWS[1]], again) == []  # 5e-3, as behind any update
+    again = [*ROWS, ROWS[1] | {"loss": 0.51}]
+    assert combinations.differences([*ROWS, ROWS[1]], again) == ["step 2: loss is 0.5 and 0.51"]
+
+
 def test_a_run_that_ends_early_differs():
     assert combinations.differences(ROWS, ROWS[:1]) == ["2 rows and 1"]
 
@@ -58,7 +74,7 @@ GKD = combinations.Drawn(
         "sampling": {"completion_length": 6},
         "routes": {"math": "math", "code": "math"},
     },
-    placement="device",
+    teacher={},
     reference=False,
     mesh={"fsdp": 2},
 )
@@ -79,5 +95,6 @@ def test_a_mesh_that_does_not_divide_is_refused_and_what_ends_otherwise_fails(ro
 
 
 @pytest.mark.slow
-def test_a_combination_is_equal_on_its_mesh(roots):
-    assert combinations.compared(GKD, roots) == ("equal", str(GKD.mesh))
+def test_a_combination_is_equal_on_its_mesh_and_where_it_goes_on(roots):
+    on_two = dataclasses.replace(GKD, then={"fsdp": 1, "sequence": 2})
+    assert combinations.compared(on_two, roots) == ("equal", "{'fsdp': 2}, then {'sequence': 2}")
