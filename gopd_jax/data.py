@@ -228,6 +228,7 @@ def _identity(records: dict[str, tuple[Record, ...]]) -> str:
     for r in itertools.chain.from_iterable(records.values()):
         fields = (r.messages, r.task, r.answer, r.verifier, r.completion)
         fields += () if r.context is None else (r.context,)  # as before where there is none
+        fields += () if r.lam is None else ({"lam": r.lam},)
         digest.update(json.dumps(fields, sort_keys=True).encode() + b"\n")
     return digest.hexdigest()[:16]
 

@@ -26,10 +26,8 @@ from gopd_jax.types import Mean
 
 METRICS, TIMING = "metrics.jsonl", "timing.jsonl"
 EVALUATION, SAMPLES = "evaluation.jsonl", "samples.jsonl"
-EVALUATION_KEYS = (
-    *("step", "model", "task", "accuracy", "stderr"),
-    *("length", "truncated", "problems", "samples"),
-)
+CURVES = ("accuracy", "stderr", "length", "truncated")
+EVALUATION_KEYS = ("step", "model", "task", *CURVES, "problems", "samples")
 SAMPLE_KEYS = ("step", "model", "task", "prompt", "completion", "score", "reason")
 # Phases that are no part of training, so that tokens/s compares between runs that evaluate
 # and save more or less often.
@@ -154,7 +152,7 @@ class Writer:
         """
         rows = self._put(EVALUATION, EVALUATION_KEYS, rows)
         for row in rows:
-            for key in ("accuracy", "stderr", "length", "truncated"):
+            for key in CURVES:
                 tag = f"evaluation/{row['task']}/{row['model']}/{key}"
                 if math.isfinite(row[key]):  # of one problem there is no standard error
                     self._board.add_scalar(tag, row[key], row["step"])

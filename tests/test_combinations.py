@@ -5,25 +5,29 @@ import math
 
 import pytest
 
-from benchmarks import combinations
+from benchmarks import combinations, combinations_drawn
 
 
 @pytest.fixture(scope="module")
 def roots(tmp_path_factory):
     roots = tmp_path_factory.mktemp("combinations")
-    for name, cfg in combinations.MODELS.items():
+    for name, cfg in combinations_drawn.MODELS.items():
         combinations.build(roots / name, cfg)
     return roots
 
 
 def test_what_is_drawn_is_allowed_and_the_seeds_alone(roots):
-    drawn = [combinations.draw(seed, roots) for seed in range(6)]
-    assert drawn == [combinations.draw(seed, roots) for seed in range(6)]
-    assert len({str(one) for one in drawn}) == 6
+    drawn = [combinations_drawn.draw(seed, roots) for seed in range(40)]
+    assert drawn[:6] == [combinations_drawn.draw(seed, roots) for seed in range(6)]
+    assert len({str(one) for one in drawn}) == 40
     for one in drawn:
-        single = combinations.one_device(one.mesh)
+        single = combinations_drawn.one_device(one.mesh)
         assert one.config(roots, single, roots / "run").problems() == []
-        assert math.prod(one.mesh.values()) in (2, 4, 8)
+        assert all(math.prod(m.values()) in (2, 4, 8) for m in (one.mesh, one.then or one.mesh))
+        assert one.then != one.mesh
+    sources = {one.objective.get("source", "student") for one in drawn}
+    assert sources == {"student", "teacher", "data"}
+    assert {"solution", None} == {one.teacher["context"] for one in drawn}
 
 
 ROWS = [{"step": n, "loss": 0.5, "kl_ref": 0.0, "tokens": 34.0} for n in (1, 2)]
@@ -66,7 +70,7 @@ def test_a_run_that_ends_early_differs():
     assert combinations.differences(ROWS, ROWS[:1]) == ["2 rows and 1"]
 
 
-GKD = combinations.Drawn(
+GKD = combinations_drawn.Drawn(
     models="dense",
     objective={"lam": 1.0, "loss": "exact", "divergence": "jsd"},
     sections={
@@ -80,15 +84,15 @@ GKD = combinations.Drawn(
 )
 
 
-def test_a_mesh_that_does_not_divide_is_refused_and_what_ends_otherwise_fails(roots, monkeypatch):
+def test_only_a_mesh_that_does_not_divide_is_refused(roots, monkeypatch):
     word, said = combinations.compared(dataclasses.replace(GKD, mesh={"tensor": 8}), roots)
     assert word == "refused"
     assert "does not divide" in said
 
-    def breaks(_):
+    def breaks(*_):
         raise ValueError("shapes of a program")
 
-    monkeypatch.setattr(combinations.train, "check", breaks)
+    monkeypatch.setattr(combinations.train.checkpoint, "restore", breaks)
     word, said = combinations.compared(GKD, roots)
     assert word == "fails"
     assert "ValueError: shapes of a program" in said

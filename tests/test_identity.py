@@ -62,6 +62,19 @@ def test_a_file_that_changes_a_number_is_noticed(
     assert {key for key in before | after if before.get(key) != after.get(key)} == noticed
 
 
+def test_a_row_that_names_another_lambda_is_noticed(built, tmp_path):
+    rows = [json.loads(line) for line in (built / "train.jsonl").read_text().splitlines()]
+    found = []
+    for lam in (1.5, 2.0):
+        told = [*(row | {"lam": 1.5} for row in rows[:-1]), rows[-1] | {"lam": lam}]
+        (tmp_path / "lams.jsonl").write_text("".join(json.dumps(row) + "\n" for row in told))
+        c = tiny.config(built, objective={"lam_by_row": True})
+        c.data.train = str(tmp_path / "lams.jsonl")
+        found.append(train.prepare(c).identity)
+    before, after = found
+    assert {key for key in before if before[key] != after[key]} == {"data.train content"}
+
+
 def test_what_changes_no_number_may_change(built):
     same = tiny.config(built, lora=Lora(export="adapter"))
     same.teachers["math"].fingerprint = "0123"

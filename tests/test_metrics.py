@@ -120,6 +120,15 @@ def test_lines_are_strict_json_and_text_comes_back_as_it_was(tmp_path):
     assert row["completion"] == sample_at(4, "math")["completion"]
 
 
+def test_a_figure_that_is_not_finite_is_null_and_no_point_on_the_board(tmp_path):
+    with Writer(tmp_path, resume_step=0) as writer:
+        writer.evaluation([evaluation_at(0, "student", "math") | {"stderr": math.nan}])
+    (row,) = read_rows(tmp_path / "evaluation.jsonl")
+    assert row["stderr"] is None
+    drawn = {tag.rsplit("/", 1)[1] for tag, _, _ in scalars(tmp_path)}
+    assert drawn == {"accuracy", "length", "truncated"}
+
+
 def test_a_complete_last_row_without_its_line_end_is_kept(tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.25}')
     with Writer(tmp_path, resume_step=2) as writer:
