@@ -1141,6 +1141,13 @@ MUTANTS = (
     *_of(
         "heads.py",
         (
+            "teachers-ids-on-every-device",
+            "each device holds the logits of all ids for rows of several teachers",
+            'constrain(found, "batch", None, "vocab")',
+            "sharding.constrain_rows(found)",
+            "test_step_vocabulary.py::test_no_device_holds_the_logits_of_another_ones_ids",
+        ),
+        (
             "step-ratio-not-normalised",
             "log u is that of the sampled tokens' log-probs where f needs distributions",
             "if objective.normalised or not objective.tilts:",

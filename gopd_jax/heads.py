@@ -14,6 +14,7 @@ import numpy as np
 from gopd_jax import batching, scoring, sharding
 from gopd_jax.drawing import pick
 from gopd_jax.models import decoder as lm
+from gopd_jax.models.ops import constrain
 from gopd_jax.objectives.objective import fed, over_vocabulary
 from gopd_jax.objectives.supports import supported
 from gopd_jax.objectives.targets import mixed, tilted, tilted_distribution
@@ -248,7 +249,9 @@ def _frozen(recipe, heads, chunk, options, n_ids):
             )
         groups = {"mesh": recipe.mesh, "routes": routes, "group_rows": rows_of}
         found = batching.by_teacher(judge, hidden_xD, **groups)
-        every.append(sharding.constrain_rows(found))
+        # Joined from groups of rows, they would stand in the groups' sharding, or with all ids on
+        # each device.
+        every.append(constrain(found, "batch", None, "vocab"))
     teacher_xV = mix(recipe, every)
     if recipe.mixture is not None and recipe.mixture.space == "log":
         real_V = jnp.arange(n_ids) < recipe.n_vocab

@@ -222,3 +222,13 @@ def test_no_array_holds_the_logits_of_more_positions_than_a_chunk():
     assert largest_over_a_vocabulary(2) == {68: 32, 64: 32, 72: 20}
     assert max(largest_over_a_vocabulary(2, compiled=True).values()) == 32
     assert largest_over_a_vocabulary(6) == {68: 96, 64: 96, 72: 60}
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 2), (1, 2, 2)], ids=str)
+def test_no_device_holds_the_logits_of_another_ones_ids(shape):
+    one = full.setting(shape, options={"loss": "exact", "lam": 1.25})
+    args = (init_state(one.recipe, one.params), one.rollout, None, one.frozen)
+    shapes = shapes_in(one.compiled.lower(*args).compile().as_text())
+    widths = {full.model(*which)[0].cfg.vocab_size for which in (full.STUDENT, *full.TEACHERS)}
+    assert {n // 2 for n in widths} <= {s[-1] for s in shapes if len(s) == 3}
+    assert not [s for s in shapes if len(s) == 3 and s[-1] in widths]
