@@ -1392,16 +1392,6 @@ MUTANTS = (
         ),
     ),
     *_of(
-        "data.py",
-        (
-            "row-lambda-in-no-identity",
-            "a run is continued with other lambdas of its rows",
-            '({"lam": r.lam},)',
-            "()",
-            "test_identity.py::test_a_row_that_names_another_lambda_is_noticed",
-        ),
-    ),
-    *_of(
         "models/ops.py",
         (
             "value-scale-forgotten",
