@@ -88,6 +88,10 @@ def test_only_a_mesh_that_does_not_divide_is_refused(roots, monkeypatch):
     word, said = combinations.compared(dataclasses.replace(GKD, mesh={"tensor": 8}), roots)
     assert word == "refused"
     assert "does not divide" in said
+    too_short = {"context": "solution", "prompt_length": 8}  # on any mesh
+    word, said = combinations.compared(dataclasses.replace(GKD, teacher=too_short), roots)
+    assert word == "fails"
+    assert "teachers.math.prompt_length" in said
 
     def breaks(*_):
         raise ValueError("shapes of a program")
