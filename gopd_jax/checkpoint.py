@@ -5,6 +5,12 @@ data and models by content. Data and randomness are functions of the step, so no
 kept.
 """
 
+import contextlib
+import gc
+import logging
+import sys
+import textwrap
+import time
 from pathlib import Path
 
 import jax
@@ -167,11 +173,38 @@ def _steps(directory: Path) -> list[int]:
 
 def _read(path: Path, item: str, how):
     """One item of a checkpoint. ValueError where it is damaged, whatever Orbax makes of that."""
+    with _without_asyncio():
+        try:
+            with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+                return reader.restore(path, args=ocp.args.Composite(**{item: how}))[item]
+        except Exception as error:
+            why = _first(error)
+        # Behind the clause, so that nothing holds the reads that Orbax has left.
+        time.sleep(0.5)  # those under way end, and find their event loop closed
+        gc.collect()
+    raise _damaged(path, why)
+
+
+@contextlib.contextmanager
+def _without_asyncio():
+    """Where one of Orbax's reads fails, asyncio and Python print each of the others, a hundred
+    pages below the one line that helps. Not in here."""
+    asyncio_says, python_says = logging.getLogger("asyncio"), sys.unraisablehook
+    disabled = asyncio_says.disabled
+    asyncio_says.disabled, sys.unraisablehook = True, lambda _: None
     try:
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
-            return reader.restore(path, args=ocp.args.Composite(**{item: how}))[item]
-    except Exception as error:
-        raise _damaged(path, f"{type(error).__name__}: {error}") from error
+        yield
+    finally:
+        asyncio_says.disabled, sys.unraisablehook = disabled, python_says
+
+
+def _first(error: BaseException) -> str:
+    """What went wrong first, in one line: Orbax's own message holds the whole of TensorStore's
+    description of an array, and hides what TensorStore said."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    said = " ".join(f"{error}".split()).split(" [source locations=")[0].split("; [")[0]
+    return f"{type(error).__name__}: {textwrap.shorten(said, 400, placeholder=' ...')}"
 
 
 def _damaged(path: Path, why: str) -> ValueError:
