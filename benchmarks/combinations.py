@@ -93,7 +93,7 @@ def differences(one: list[dict], many: list[dict], *, eight_bits: bool = False) 
         found += [f"{key} is of one alone" for key in sorted(a.keys() ^ b.keys())]
         for key in sorted(a.keys() & b.keys()):
             x, y = a[key], b[key]
-            rounded = eight_bits and key.startswith(("sampler_", "log_ess"))
+            rounded = eight_bits and key.startswith("sampler_")
             if x != y and not _near(x, y, EIGHT_BITS_CLOSE if rounded else close):
                 found.append(f"step {a['step']}: {key} is {x} and {y}")
     return found

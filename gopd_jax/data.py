@@ -90,6 +90,22 @@ def load(source: str, tasks: Sequence[str]) -> Dataset:
     return Dataset(records=records, identity=_identity(records), source=source)
 
 
+def overlap(train: Dataset, test: Dataset) -> tuple[str, ...]:
+    """A warning where problems to be evaluated on are trained on too."""
+
+    def problems(dataset):
+        every = (record for of_task in dataset.records.values() for record in of_task)
+        return collections.Counter(json.dumps([r.task, r.messages], sort_keys=True) for r in every)
+
+    trained, held_out = problems(train), problems(test)
+    if not (n := sum(count for problem, count in held_out.items() if problem in trained)):
+        return ()
+    return (
+        f"warning: {n} of the {held_out.total()} problems of data.test = {test.source} are in "
+        f"data.train = {train.source} too: the accuracy on them is not that on held-out problems",
+    )
+
+
 def group_sizes(n_prompts: int, rollouts: int, tasks: Sequence[str]) -> tuple[int, ...]:
     """Rows of each task in a global batch, static: equal shares of the prompts."""
     if not tasks or n_prompts < 1 or rollouts < 1 or n_prompts % len(tasks):

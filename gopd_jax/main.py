@@ -75,6 +75,10 @@ def main(argv):
 def parse(argv):
     """Flags of the command line. What is wrong with them or with the preset ends the program."""
     accept_none_and_dicts()
+    if (preset := _preset()) and not preset.is_file():
+        known = sorted(file.stem for file in preset.parent.glob("[!_]*.py"))
+        there = f"; there are {known} in {preset.parent}" if known else ""
+        refuse(f"there is no preset {preset}{there}")
     if unknown := unknown_settings(argv):
         refuse("\n".join(unknown))
     try:

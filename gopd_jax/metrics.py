@@ -26,6 +26,7 @@ from gopd_jax.types import Mean
 
 METRICS, TIMING = "metrics.jsonl", "timing.jsonl"
 EVALUATION, SAMPLES = "evaluation.jsonl", "samples.jsonl"
+ROWS = METRICS, TIMING, EVALUATION, SAMPLES
 CURVES = ("accuracy", "stderr", "length", "truncated")
 EVALUATION_KEYS = ("step", "model", "task", *CURVES, "problems", "samples")
 SAMPLE_KEYS = ("step", "model", "task", "prompt", "completion", "score", "reason")
@@ -116,7 +117,7 @@ class Writer:
         if not enabled:
             return
         self.workdir.mkdir(parents=True, exist_ok=True)
-        for name in (METRICS, TIMING, EVALUATION, SAMPLES):
+        for name in ROWS:
             rows = _keep_until(self.workdir / name, resume_step)
             if name == METRICS:
                 self._step = rows[-1]["step"] if rows else 0

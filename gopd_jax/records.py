@@ -93,19 +93,24 @@ def plain(row: Any) -> dict:
             raise ValueError(f"not JSON: {error}") from error
     if not isinstance(row, dict):
         raise ValueError(f"a row is a JSON object, and this is {type(row).__name__}")
-    return {key: _plain(value) for key, value in row.items()}
+    return {key: _plain(value, key) for key, value in row.items()}
 
 
-def _plain(value: Any) -> Any:
-    """Numpy's and TFDS's values as Python's: text for bytes, lists for arrays."""
+def _plain(value: Any, key: str) -> Any:
+    """Numpy's and TFDS's values as Python's: text for bytes, lists for arrays. `key`: its own."""
     if isinstance(value, bytes):
         return value.decode()
+    if isinstance(value, str) and not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
+            raise ValueError(f"{key!r} is not Unicode text: {error}") from error
     if isinstance(value, np.ndarray | np.generic):
-        return _plain(value.tolist())
+        return _plain(value.tolist(), key)
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {name: _plain(item, name) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [_plain(item, key) for item in value]
     return value
 
 

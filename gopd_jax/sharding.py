@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 
 import flax.linen as nn
 import jax
@@ -59,7 +60,7 @@ def make_mesh(
     slices. ValueError where the axes do not multiply to the number of devices or slices do not
     divide "data".
     """
-    devices = jax.devices() if devices is None else list(devices)
+    devices = _all_devices() if devices is None else list(devices)
     n_devices = len(devices)
     sizes = dict(zip(AXES, (data, fsdp, expert, sequence, tensor)))
     others = _used({axis: size for axis, size in sizes.items() if axis != "data"})
@@ -85,6 +86,21 @@ def make_mesh(
     grid = np.concatenate([_laid_out(sizes, group) for group in by_slice(devices, slices)])
     # Auto: Linen's logical constraints are no-ops or errors on the Explicit axes of make_mesh.
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _all_devices() -> list:
+    try:
+        return jax.devices()
+    except (
+        RuntimeError,
+        AssertionError,
+    ) as error:  # the second of a platform that is not installed
+        platforms = os.environ.get("JAX_PLATFORMS") or "unset"
+        said = f" ({str(error).splitlines()[0]})" if str(error) else ""
+        raise ValueError(
+            f"JAX has no device where JAX_PLATFORMS is {platforms}{said}; unset it, or install "
+            "jax[tpu] or jax[cuda13] on a machine that has one"
+        ) from error
 
 
 def shape(mesh: Mesh) -> dict[str, int]:

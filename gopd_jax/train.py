@@ -9,6 +9,7 @@ import jax
 
 from gopd_jax import advice, checkpoint, data, metrics, preflight, results, step
 from gopd_jax import config as settings
+from gopd_jax import workdir as workdirs
 from gopd_jax.advance import Stepper, abstract_state, prompts_of
 from gopd_jax.assembly import attention_told
 from gopd_jax.evaluate import evaluate
@@ -27,6 +28,7 @@ class Begun:
 
     this: Run
     state: TrainState | None  # of the newest checkpoint; None where there is none
+    held: workdirs.Held | None  # its workdir; None on all processes but the first
 
     @property
     def step(self) -> int:
@@ -53,8 +55,10 @@ def run(config: settings.Config) -> Summary:
 
 
 def begin(config: settings.Config) -> Begun:
-    """Load, check and restore. ValueError with what is wrong; the workdir is only read."""
+    """Load, check and restore. ValueError with what is wrong, also where another run has the
+    workdir, of which nothing but its lock is written."""
     this = prepare(config)
+    held = workdirs.hold(config.workdir)
     newest, export = checkpoint.newest_step(config.workdir), Path(config.workdir) / results.EXPORT
     if newest is None and export.exists():
         raise ValueError(
@@ -66,8 +70,9 @@ def begin(config: settings.Config) -> Begun:
             f"{config.workdir} holds step {newest} and steps is {config.steps}; give "
             f"--config.steps={newest} or more, or another --config.workdir to start anew"
         )
+    workdirs.rows_lost(config.workdir, newest or 0)  # an error if they cannot be read
     state = checkpoint.restore(config.workdir, abstract_state(this), this.identity)
-    return Begun(this=this, state=state)
+    return Begun(this=this, state=state, held=held)
 
 
 def check(begun: Begun) -> Begun:
@@ -92,6 +97,7 @@ def finish(begun: Begun) -> Summary:
     this, start, resumed = begun.this, begun.step, begun.state is not None
     config, workdir = this.config, Path(this.config.workdir)
     state = begun.state if resumed else init_state(this.recipe, this.student.params)
+    held = begun.held  # noqa: F841 (until this returns)
     del begun  # its state is donated to the first step
     _release(this)
     first, traced = jax.process_index() == 0, _steps(config.profile)
@@ -112,8 +118,15 @@ def finish(begun: Begun) -> Summary:
             progress.note(f"{workdir} is at step {start} of {start}: nothing is left to train")
         elif resumed:
             progress.note(f"continuing {workdir} after step {start}")
+        if lost := workdirs.rows_lost(workdir, start):
+            progress.note(lost)
         attends = attention_told(config, this.mesh, this.roles)
-        for note in (*config.notes(), this.recipe.objective.formula, attends):
+        for note in (
+            *config.notes(),
+            *data.overlap(this.train, this.test),
+            this.recipe.objective.formula,
+            attends,
+        ):
             progress.note(note)
         told = metrics.read_rows(workdir / metrics.METRICS)
         adviser = advice.Watch(settings.to_dict(config), told)
@@ -226,10 +239,14 @@ def _judge_all(this: Run, judge, state: TrainState, stop, note) -> int | None:
             told, own = found[name][task], students[task]
             if told["accuracy"] <= own["accuracy"] + math.hypot(told["stderr"], own["stderr"]):
                 note(
-                    f"warning: {name} is no better than the student on {task!r}, "
-                    f"{told['accuracy']:.1%} and {own['accuracy']:.1%}: is it the right teacher?"
+                    f"warning: by these samples {name} is not clearly better than the student on "
+                    f"{task!r}, {_shown(told)} and {_shown(own)}: is it the right teacher?"
                 )
     return None
+
+
+def _shown(row: dict) -> str:
+    return f"{100 * row['accuracy']:.1f} ± {100 * row['stderr']:.1f} %"
 
 
 def _judge(this: Run, writer: metrics.Writer, progress: metrics.Progress):
@@ -254,10 +271,7 @@ def _judge(this: Run, writer: metrics.Writer, progress: metrics.Progress):
         )
         writer.evaluation(result.rows)
         writer.samples(result.samples)
-        shown = "   ".join(
-            f"{row['task']} {100 * row['accuracy']:.1f} ± {100 * row['stderr']:.1f} %"
-            for row in result.rows
-        )
+        shown = "   ".join(f"{row['task']} {_shown(row)}" for row in result.rows)
         progress.note(f"step {at:4d}  {name:14s} {shown}")
         return {row["task"]: row for row in result.rows}
 

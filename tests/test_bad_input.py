@@ -271,6 +271,15 @@ def parse(monkeypatch):
     return parse
 
 
+def test_a_preset_that_is_not_there_is_refused_with_those_that_are(parse, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse(f"--config={tiny.REPOSITORY / 'configs' / 'exodp.py:tiny'}")
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said.strip().startswith(f"there is no preset {tiny.REPOSITORY}/configs/exodp.py; ")
+    assert "'exopd', " in said
+
+
 @pytest.mark.parametrize(
     ("flag", "message"),
     [

@@ -308,3 +308,19 @@ def test_a_completion_may_not_go_on_past_what_ends_it(tmp_path, tokenizer):
     (stop,) = tokenizer.encode("w3")
     with pytest.raises(ValueError, match=rf"its completion holds the end token \[{stop}\]"):
         data.check_lengths(dataset, reader, completion_length=3, stop=(stop,))
+
+
+def test_problems_that_are_trained_and_evaluated_on_are_counted(tmp_path):
+    train = dataset_of(tmp_path)
+    rows = [row(i) for i in (3, 5, 5, 30)] + [row(20, "code"), row(6, "code")]  # 6: of math alone
+    test = data.load(jsonl(tmp_path, rows, "test.jsonl"), TASKS)
+    (said,) = data.overlap(train, test)
+    assert said.startswith("warning: 4 of the 6 problems of data.test = ")
+    other = data.load(jsonl(tmp_path, [row(30), row(31, "code")], "other.jsonl"), TASKS)
+    assert data.overlap(train, other) == ()
+
+
+def test_half_a_surrogate_pair_is_named_by_line(tmp_path):
+    rows = [row(0), {**row(1), "prompt": "\ud800 w1"}, row(2, "code")]
+    with pytest.raises(ValueError, match=r"rows.jsonl:2: 'prompt' is not Unicode text"):
+        data.load(jsonl(tmp_path, rows), TASKS)

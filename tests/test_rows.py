@@ -140,7 +140,7 @@ WRONG = {
     "is empty": [{"prompt": " ", "completion": "b"}, {"messages": [], "completion": "b"}],
     "'completion' is int, not text": [{"prompt": "a", "completion": 3}],
     "'completion' is not Unicode text": [{"prompt": "a", "completion": "\ud800"}],
-    "'content' is not Unicode text": [{"prompt": "\ud800", "completion": "b"}],
+    "'prompt' is not Unicode text": [{"prompt": "\ud800", "completion": "b"}],
     "a row is a JSON object, and this is list": [[3]],
     "a prompt of 2000 and a completion of 49 are 2049 tokens.* is 2048": [
         {"prompt_ids": [5] * 2000, "completion_ids": [5] * 49}

@@ -1,0 +1,80 @@
+"""A run's directory as it is found: one run at a time has it, and no row of its steps is lost."""
+
+import fcntl
+import sys
+import weakref
+from pathlib import Path
+
+import jax
+
+from gopd_jax import metrics, processes
+
+LOCK = ".lock"
+_HELD: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
+
+
+class Held:
+    """A workdir that no other process's run can have while this object is there.
+
+    The kernel lets go of it with the process, however that ends.
+    """
+
+    def __init__(self, path: Path):
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._file = (path / LOCK).open("ab")
+        except OSError as error:
+            raise ValueError(
+                f"nothing can be written to {path} ({error.strerror}); give another "
+                "--config.workdir"
+            ) from error
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"another run is under way in {path}; wait for its end, stop it, or give another "
+                "--config.workdir"
+            ) from error
+        except OSError as error:  # not every shared file system has locks
+            print(
+                f"warning: {path} cannot be locked ({error.strerror}): see to it that no other run "
+                "writes there",
+                file=sys.stderr,
+            )
+
+
+def hold(workdir) -> Held | None:
+    """The workdir, held by the process that writes it; None on the others.
+
+    Every process has to ask. ValueError, on all of them, where another run has it or nothing can
+    be written there. A process that has it already may begin anew.
+    """
+    path, held, refused = Path(workdir).absolute(), None, None
+    if jax.process_index() == 0:
+        try:
+            if (held := _HELD.get(path)) is None:
+                held = _HELD[path] = Held(path)
+        except ValueError as error:
+            refused = error
+    several = jax.process_count() > 1
+    if several and int(processes.largest(int(refused is not None))) and refused is None:
+        raise ValueError(f"the first process cannot have {path}; it says why")
+    if refused is not None:
+        raise refused
+    return held
+
+
+def rows_lost(workdir, step: int) -> str | None:
+    """What to say where metrics.jsonl lacks rows of steps up to `step`.
+
+    ValueError where a file of rows is damaged otherwise than by a kill.
+    """
+    rows = {name: metrics.read_rows(Path(workdir) / name) for name in metrics.ROWS}
+    lost = sorted(set(range(1, step + 1)) - {row.get("step") for row in rows[metrics.METRICS]})
+    if not lost:
+        return None
+    first = ", ".join(map(str, lost[:4])) + (" ..." if len(lost) > 4 else "")
+    return (
+        f"warning: {metrics.METRICS} lacks the rows of {len(lost)} of {step} steps ({first}): what "
+        "is told of this run, its report too, is without them"
+    )

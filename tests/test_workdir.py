@@ -1,0 +1,120 @@
+"""One run at a time has a workdir, and rows that are lost from it are told."""
+
+import errno
+import gc
+import json
+import signal
+import subprocess
+import sys
+
+import jax
+import pytest
+import tiny
+
+from gopd_jax import sharding, workdir
+
+HOLD = "import sys, time; from gopd_jax import workdir; h = workdir.hold(sys.argv[1]); print(1)"
+
+
+@pytest.fixture
+def other(tmp_path):
+    """A process that holds tmp_path/run until it is killed."""
+    process = subprocess.Popen(
+        [sys.executable, "-uc", f"{HOLD}; time.sleep(600)", str(tmp_path / "run")],
+        env=tiny.environment(1),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "1\n"
+    yield process
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+def test_a_workdir_is_one_process_s_until_that_ends_however_it_does(tmp_path, other):
+    with pytest.raises(ValueError, match=f"another run is under way in {tmp_path}/run; wait"):
+        workdir.hold(tmp_path / "run")
+    assert workdir.hold(tmp_path / "another")
+    other.send_signal(signal.SIGKILL)
+    other.wait()
+    assert workdir.hold(tmp_path / "run")
+
+
+def test_a_process_may_begin_anew_and_lets_go_with_its_last_run(tmp_path):
+    first = workdir.hold(tmp_path / "run")
+    assert workdir.hold(f"{tmp_path}/run") is first
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "run")]
+    options = {"env": tiny.environment(1), "capture_output": True, "text": True}
+    assert "another run is under way" in subprocess.run(command, **options).stderr
+    del first
+    gc.collect()
+    assert subprocess.run(command, **options).stdout == "1\n"
+
+
+def test_the_run_of_another_process_is_refused_before_its_files_are_read(tmp_path, other):
+    tiny.build(tmp_path)
+    done = tiny.run(tmp_path, "--config.steps=1")
+    assert done.returncode == 2
+    assert done.stderr.strip().startswith(f"another run is under way in {tmp_path}/run;")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [workdir.LOCK]
+
+
+def test_where_nothing_can_be_written_the_cure_is_another_place(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"nothing can be written to .*file/run .*config.workdir"):
+        workdir.hold(tmp_path / "file" / "run")
+
+
+def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(workdir.fcntl, "flock", refuse)
+    assert workdir.hold(tmp_path / "run")
+    said = capsys.readouterr().err
+    assert said.startswith(f"warning: {tmp_path}/run cannot be locked (No locks available)")
+
+
+def test_only_the_first_process_holds_and_all_refuse_together(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(workdir.processes, "largest", lambda n: 1)
+    with pytest.raises(ValueError, match="the first process cannot have"):
+        workdir.hold(tmp_path / "run")
+    monkeypatch.setattr(workdir.processes, "largest", lambda n: n)
+    assert workdir.hold(tmp_path / "run") is None
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("steps", "said"),
+    [
+        ([1, 2, 3], None),
+        ([1, 3], "lacks the rows of 1 of 3 steps (2):"),
+        ([], "lacks the rows of 3 of 3 steps (1, 2, 3):"),
+    ],
+)
+def test_rows_that_are_lost_are_told(tmp_path, steps, said):
+    rows = "".join(json.dumps({"step": n}) + "\n" for n in steps)
+    (tmp_path / "metrics.jsonl").write_text(rows)
+    found = workdir.rows_lost(tmp_path, 3)
+    assert found is None if said is None else said in found
+
+
+@pytest.mark.parametrize("name", workdir.metrics.ROWS)
+def test_a_damaged_row_is_an_error_with_its_place(tmp_path, name):
+    (tmp_path / name).write_text('{"step": 1}\n{"ste\n{"step": 3}\n')
+    with pytest.raises(ValueError, match=f"{name}:2 is not a JSON object"):
+        workdir.rows_lost(tmp_path, 0)
+
+
+@pytest.mark.parametrize("error", [AssertionError(), RuntimeError("no backend\nmore")])
+def test_a_platform_without_devices_is_named(monkeypatch, error):
+    def devices():
+        raise error
+
+    monkeypatch.setattr(jax, "devices", devices)
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    with pytest.raises(ValueError, match=r"no device where JAX_PLATFORMS is cuda.*unset it"):
+        sharding.make_mesh(None, 1, 1)
