@@ -11,6 +11,7 @@ import logging
 import sys
 import textwrap
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -23,13 +24,48 @@ from jax.experimental import multihost_utils
 UNRECORDED = ("ends of completions", "reader of ")
 
 
-def open_manager(workdir, *, keep: int) -> ocp.CheckpointManager:
+class NotSaved(RuntimeError):
+    """A checkpoint that could not be written; str() says why and what to do."""
+
+
+@contextlib.contextmanager
+def open_manager(workdir, *, keep: int) -> Iterator[ocp.CheckpointManager]:
     """Orbax's manager of workdir/checkpoints, which keeps the newest `keep`.
 
-    Opening it creates the directory and removes what a killed save left half-written.
+    Opening it creates the directory and removes what a killed save left half-written. NotSaved at
+    the end where the last save has failed.
     """
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
-    return ocp.CheckpointManager(_directory(workdir), options=options)
+    with _one_error():
+        manager = ocp.CheckpointManager(_directory(workdir), options=options)
+        try:
+            yield manager
+        except BaseException:
+            with contextlib.suppress(Exception):  # the same once more, if it is a save's
+                manager.close()
+            gc.collect()  # the writes that Orbax has left; at Python's end they would be printed
+            raise
+        with _saving(manager):
+            manager.close()
+
+
+@contextlib.contextmanager
+def _saving(manager: ocp.CheckpointManager):
+    """Around whatever may tell that a save, this one or the one before, has failed."""
+    directory = Path(manager.directory)
+    try:
+        yield
+        return
+    except Exception as error:
+        why = _first(error)
+    time.sleep(0.5)  # writes under way end, and find their event loop closed
+    gc.collect()
+    newest = _steps(directory)[-1:]
+    then = f"continues from step {newest[0]}" if newest else "starts over"
+    raise NotSaved(
+        f"a checkpoint in {directory} could not be written: {why}\nFree some space or mend the "
+        f"file system; the same command then {then}"
+    )
 
 
 def restore(workdir, like, identity: dict[str, str]):
@@ -107,17 +143,26 @@ def save(manager: ocp.CheckpointManager, step: int, state, identity: dict[str, s
     """Start writing this step's state; returns before it is on disk. A step is written once.
 
     The next step may donate the state: JAX leaves buffers alone that the writer still reads.
+    NotSaved where the save before has failed.
     """
     if manager.latest_step() == step:
         return
-    manager.save(
-        step,
-        args=ocp.args.Composite(
-            state=ocp.args.StandardSave(state),
-            checksums=ocp.args.JsonSave(checksums(state)),
-            identity=ocp.args.JsonSave(identity),
-        ),
-    )
+    sums = checksums(state)
+    with _saving(manager):
+        manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state),
+                checksums=ocp.args.JsonSave(sums),
+                identity=ocp.args.JsonSave(identity),
+            ),
+        )
+
+
+def wait(manager: ocp.CheckpointManager) -> None:
+    """Until every save is on disk. NotSaved where one has failed."""
+    with _saving(manager):
+        manager.wait_until_finished()
 
 
 def checksums(state) -> dict[str, int]:
@@ -173,7 +218,7 @@ def _steps(directory: Path) -> list[int]:
 
 def _read(path: Path, item: str, how):
     """One item of a checkpoint. ValueError where it is damaged, whatever Orbax makes of that."""
-    with _without_asyncio():
+    with _one_error():
         try:
             with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
                 return reader.restore(path, args=ocp.args.Composite(**{item: how}))[item]
@@ -186,16 +231,32 @@ def _read(path: Path, item: str, how):
 
 
 @contextlib.contextmanager
-def _without_asyncio():
-    """Where one of Orbax's reads fails, asyncio and Python print each of the others, a hundred
-    pages below the one line that helps. Not in here."""
-    asyncio_says, python_says = logging.getLogger("asyncio"), sys.unraisablehook
-    disabled = asyncio_says.disabled
-    asyncio_says.disabled, sys.unraisablehook = True, lambda _: None
+def _one_error():
+    """Where one of Orbax's reads or writes fails, asyncio, Orbax's threads and Python print each
+    of the others, a hundred pages around the one line that helps. Not in here: the first is raised,
+    and what others have to say is printed as ever."""
+    loggers = [logging.getLogger(name) for name in ("asyncio", "absl")]
+    python_says = sys.unraisablehook
+
+    def unraisable(what):
+        file = getattr(getattr(what.object, "cr_code", None), "co_filename", "")
+        if "orbax" not in file and str(what.exc_value) != "Event loop is closed":
+            python_says(what)
+
+    for logger in loggers:
+        logger.addFilter(_not_orbax)
+    sys.unraisablehook = unraisable
     try:
         yield
     finally:
-        asyncio_says.disabled, sys.unraisablehook = disabled, python_says
+        sys.unraisablehook = python_says
+        for logger in loggers:
+            logger.removeFilter(_not_orbax)
+
+
+def _not_orbax(record: logging.LogRecord) -> bool:
+    """False for an exception that Orbax logs where it raises it, or that asyncio logs of its."""
+    return not (record.exc_info and "orbax" in record.pathname + record.getMessage())
 
 
 def _first(error: BaseException) -> str:
@@ -204,7 +265,7 @@ def _first(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     said = " ".join(f"{error}".split()).split(" [source locations=")[0].split("; [")[0]
-    return f"{type(error).__name__}: {textwrap.shorten(said, 400, placeholder=' ...')}"
+    return f"{type(error).__name__}: {textwrap.shorten(said, 700, placeholder=' ...')}"
 
 
 def _damaged(path: Path, why: str) -> ValueError:

@@ -1,12 +1,13 @@
 """`python -m gopd_jax.main --config=configs/exopd.py`: train, evaluate, report.
 
 Any setting of gopd_jax/config.py is a flag: `--config.objective.lam=1.5`. The same command
-continues a run that was stopped. Exit status: 0 at the last step, 2 for wrong input, 143 and 130
-after SIGTERM and Ctrl-C.
+continues a run that was stopped. Exit status: 0 at the last step, 2 for wrong input, 1 where it
+failed, on a full disk say, 143 and 130 after SIGTERM and Ctrl-C.
 """
 
 import dataclasses
 import difflib
+import errno
 import os
 import re
 import shlex
@@ -47,14 +48,23 @@ def main(argv):
     jax.config.update("jax_compilation_cache_dir", str(cache))
     memory.give_back_after_compiling()
 
-    from gopd_jax import report, train
+    from gopd_jax import checkpoint, report, train
 
     config = CONFIG.value
     try:
         begun = train.check(train.begin(config))
     except (ValueError, OSError) as error:
         refuse(error)
-    summary = train.finish(begun)
+    try:
+        summary = train.finish(begun)
+    except checkpoint.NotSaved as error:
+        print(f"\n{error}", file=sys.stderr)
+        sys.exit(1)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"\n{error}; free some space: the same command continues", file=sys.stderr)
+        sys.exit(1)
     if summary.stopped_by:
         _say(f"stopped after step {summary.step} of {config.steps}; continue with: {_command()}")
         sys.exit(128 + summary.stopped_by)

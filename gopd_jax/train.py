@@ -101,13 +101,12 @@ def finish(begun: Begun) -> Summary:
     del begun  # its state is donated to the first step
     _release(this)
     first, traced = jax.process_index() == 0, _steps(config.profile)
-    manager = checkpoint.open_manager(workdir, keep=config.checkpoints.keep)
     if first:
         results.write_run(workdir, this)
     watch, signal_of = metrics.StopWatch(), None
     with (
         stop_signals() as stop,
-        contextlib.closing(manager),
+        checkpoint.open_manager(workdir, keep=config.checkpoints.keep) as manager,
         # A run without a checkpoint starts over: rows of step 0 are its to write again too.
         metrics.Writer(workdir, resume_step=start if resumed else -1, enabled=first) as writer,
         metrics.Progress(config.steps, start, enabled=first) as progress,
@@ -176,7 +175,7 @@ def finish(begun: Begun) -> Summary:
         if signal_of and reached:
             progress.note(f"stopping after step {reached}: saving")
             checkpoint.save(manager, reached, state, this.identity)
-        manager.wait_until_finished()
+        checkpoint.wait(manager)
     export = None if signal_of else results.export(workdir, this, state)
     return Summary(workdir=workdir, step=reached, stopped_by=signal_of, export=export)
 

@@ -4,6 +4,8 @@ import gc
 import logging
 import os
 import re
+import subprocess
+import sys
 import threading
 import time
 
@@ -11,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -46,7 +49,7 @@ def write(workdir, *states, keep=2):
     with checkpoint.open_manager(workdir, keep=keep) as manager:
         for state in states:
             checkpoint.save(manager, int(state.step), state, IDENTITY)
-        manager.wait_until_finished()
+        checkpoint.wait(manager)
 
 
 def files(directory):
@@ -223,7 +226,7 @@ def test_a_damaged_checkpoint_is_named_with_the_cure(make_mesh, tmp_path, caplog
     for cure in ("continue from step 2", "start over"):
         said = re.escape(f"{tmp_path}/checkpoints/4 cannot be read: ")
         # In one line, and not TensorStore's whole description of an array.
-        said += f".{{1,{600 + len(str(tmp_path))}}}\nDelete that directory to {cure}$"
+        said += f".{{1,{800 + len(str(tmp_path))}}}\nDelete that directory to {cure}$"
         with pytest.raises(ValueError, match=said):
             checkpoint.restore(tmp_path, abstract(newest), IDENTITY)
         assert files(tmp_path) == before
@@ -233,3 +236,40 @@ def test_a_damaged_checkpoint_is_named_with_the_cure(make_mesh, tmp_path, caplog
         if cure != "start over":
             (tmp_path / "checkpoints" / "2").rename(tmp_path / "moved")
             before = files(tmp_path)
+
+
+FULL = """
+import resource, sys
+import jax.numpy as jnp, numpy as np
+from gopd_jax import checkpoint
+draw = np.random.default_rng(0).standard_normal
+state = {f"a{i}": jnp.asarray(draw((256, 256)), jnp.float32) for i in range(8)}
+with checkpoint.open_manager(sys.argv[1], keep=4) as manager:
+    checkpoint.save(manager, 1, state, {})
+# The largest size of any one file, as if the disk were full.
+resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16))
+for notice in (checkpoint.wait, lambda _: None, lambda m: checkpoint.save(m, 3, state, {})):
+    try:
+        with checkpoint.open_manager(sys.argv[1], keep=4) as manager:
+            checkpoint.save(manager, 2, state, {})
+            notice(manager)
+    except checkpoint.NotSaved as error:
+        print(error)
+print(checkpoint.steps(sys.argv[1]))
+"""
+
+
+def test_a_checkpoint_that_cannot_be_written_is_told_in_two_lines_whenever_it_is_noticed(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, str(tmp_path)],
+        env=tiny.environment(1) | {"JAX_ENABLE_COMPILATION_CACHE": "false"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stderr == ""
+    *said, steps = done.stdout.splitlines()
+    for why, cure in zip(said[::2], said[1::2], strict=True):
+        assert why.startswith(f"a checkpoint in {tmp_path}/checkpoints could not be written: ")
+        assert "File too large" in why
+        assert cure.endswith("the same command then continues from step 1")
+    assert (len(said), steps) == (6, "[1]")

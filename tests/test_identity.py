@@ -87,10 +87,9 @@ def test_what_changes_no_number_may_change(built):
 def test_a_checkpoint_of_the_first_version_is_continued(tmp_path):
     old = {"seed": "0"}
     now = old | {"reader of student": "0123", "ends of completions": "[2]"}
-    manager = checkpoint.open_manager(tmp_path, keep=1)
     state = {"step": 1}
-    checkpoint.save(manager, 1, state, old)
-    manager.close()
+    with checkpoint.open_manager(tmp_path, keep=1) as manager:
+        checkpoint.save(manager, 1, state, old)
     assert checkpoint.restore(tmp_path, None, now) is not None
     with pytest.raises(ValueError, match="seed: 0 in the checkpoint, 1 now"):
         checkpoint.restore(tmp_path, None, now | {"seed": "1"})

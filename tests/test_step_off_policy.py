@@ -75,11 +75,9 @@ def test_a_step_learns_from_what_the_weights_of_lag_steps_before_wrote(lagging):
 
 def test_rollouts_that_wait_are_saved_and_the_run_goes_on_bit_for_bit(lagging, tmp_path):
     one, run, keys, seen = lagging
-    manager = checkpoint.open_manager(tmp_path, keep=1)
     mesh_state = jax.device_put(seen[1][0], jax.devices()[0])
-    checkpoint.save(manager, 2, mesh_state, {})
-    manager.wait_until_finished()
-    manager.close()
+    with checkpoint.open_manager(tmp_path, keep=1) as manager:
+        checkpoint.save(manager, 2, mesh_state, {})
     generate, _, _ = step.staged(one.recipe)
     args = one.params, one.frozen, full.prompts(), KEYS[0]
     rows = generate.lower(*args).out_info
