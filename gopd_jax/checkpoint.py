@@ -20,6 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+EXPORT = "export"  # beside the checkpoints: the student of a run that came to its end
 # Entries of an identity that the first version did not record: not compared where they are absent.
 UNRECORDED = ("ends of completions", "reader of ")
 
@@ -271,6 +272,8 @@ def _first(error: BaseException) -> str:
 def _damaged(path: Path, why: str) -> ValueError:
     older = [step for step in _steps(path.parent) if step < int(path.name)]
     then = f"continue from step {older[-1]}" if older else "start over"
-    return ValueError(
-        f"the checkpoint {path} cannot be read: {why}\nDelete that directory to {then}"
+    finished = path.parents[1] / EXPORT
+    those = (
+        f"that directory and {finished}" if finished.exists() and not older else "that directory"
     )
+    return ValueError(f"the checkpoint {path} cannot be read: {why}\nDelete {those} to {then}")

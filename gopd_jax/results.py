@@ -10,12 +10,12 @@ import jax
 
 from gopd_jax import card, hub, processes, sharding
 from gopd_jax import config as settings
+from gopd_jax.checkpoint import EXPORT
 from gopd_jax.models import hf, lora
 from gopd_jax.models.params import table
 from gopd_jax.setup import Run
 from gopd_jax.types import TrainState
 
-EXPORT = "export"  # below the workdir: the trained student in Hugging Face format
 SOURCE = "source"  # below the workdir: config, tokenizer and dtypes of what it started from
 
 

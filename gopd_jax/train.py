@@ -59,7 +59,10 @@ def begin(config: settings.Config) -> Begun:
     workdir, of which nothing but its lock is written."""
     this = prepare(config)
     held = workdirs.hold(config.workdir)
-    newest, export = checkpoint.newest_step(config.workdir), Path(config.workdir) / results.EXPORT
+    newest, export = (
+        checkpoint.newest_step(config.workdir),
+        Path(config.workdir) / checkpoint.EXPORT,
+    )
     if newest is None and export.exists():
         raise ValueError(
             f"{config.workdir} holds the results of a finished run, {export}, and no checkpoint to "

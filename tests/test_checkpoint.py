@@ -238,6 +238,16 @@ def test_a_damaged_checkpoint_is_named_with_the_cure(make_mesh, tmp_path, caplog
             before = files(tmp_path)
 
 
+def test_to_start_over_the_export_of_a_finished_run_has_to_go_too(make_mesh, tmp_path):
+    state = state_on(make_mesh((8, 1, 1)), 2)
+    write(tmp_path, state)
+    (tmp_path / checkpoint.EXPORT).mkdir()
+    truncate(tmp_path / "checkpoints" / "2")
+    cure = f"Delete that directory and {tmp_path}/export to start over$"
+    with pytest.raises(ValueError, match=cure):
+        checkpoint.restore(tmp_path, abstract(state), IDENTITY)
+
+
 FULL = """
 import resource, sys
 import jax.numpy as jnp, numpy as np

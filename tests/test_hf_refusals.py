@@ -96,6 +96,18 @@ DAMAGE = {
     "no directory": (shutil.rmtree, "is not a directory; give one with config.json"),
     "no config": (lambda p: (p / "config.json").unlink(), "has no config.json; copy it"),
     "half a config": (lambda p: (p / "config.json").write_text("{"), "config.json is not JSON"),
+    "a size that is text": (
+        lambda p: edit_config(p, hidden_size="32", head_dim=0),
+        r"gives \{'hidden_size': '32', 'head_dim': 0\}, and each is a number of 1 or more; copy",
+    ),
+    "git lfs pointer": (
+        lambda p: (p / hf.WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\noid s"),
+        "model.safetensors is a Git LFS pointer, not the weights; run `git lfs pull`",
+    ),
+    "dangling link": (
+        lambda p: ((p / hf.WEIGHTS).unlink(), (p / hf.WEIGHTS).symlink_to("../blobs/ab12")),
+        r"has \['model.safetensors'\], but as a directory or as a link to nothing.*copy the files",
+    ),
     "no weights": (lambda p: (p / hf.WEIGHTS).unlink(), r"has no \['model.safetensors'\]; copy"),
     "pickle": (pickled, r"only \['pytorch_model.bin'\], which are pickles.*save_pretrained"),
     "truncated": (lambda p: cut(p, -1), "model.safetensors is truncated or corrupt.*copy it again"),

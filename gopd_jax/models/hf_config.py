@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from gopd_jax.models.architectures import ARCHITECTURES, LAYER_TYPES, SCALINGS, ModelConfig
-from gopd_jax.models.hf_fields import DEFAULTS, IDS, REQUIRED, check_fields
+from gopd_jax.models.hf_fields import DEFAULTS, IDS, REQUIRED, SIZES, check_fields
 
 FULL, SLIDING = LAYER_TYPES
 # Gemma3ForCausalLM.from_pretrained of such a directory would warn and give random weights.
@@ -34,6 +34,12 @@ def from_hf(config: dict) -> ModelConfig:
     required += ("head_dim",) * (kind in ("qwen3", "gemma3_text"))
     if missing := [name for name in required if config.get(name) is None]:
         raise ValueError(f"the model's config has no {missing}; copy config.json again")
+    sizes = {name: config[name] for name in SIZES if config.get(name) is not None}
+    if wrong := {name: n for name, n in sizes.items() if type(n) is not int or n < 1}:
+        raise ValueError(
+            f"the model's config gives {wrong}, and each is a number of 1 or more; copy "
+            "config.json again"
+        )
     check_fields(config, kind)
     heads, eos = config["num_attention_heads"], config.get("eos_token_id")
     window, layer_types = _windows(config, kind)

@@ -17,6 +17,8 @@ REQUIRED = (
     "num_attention_heads",
     "rms_norm_eps",
 )
+SIZES = tuple(name for name in REQUIRED if name != "rms_norm_eps")
+SIZES += ("num_key_value_heads", "head_dim", "max_position_embeddings")
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 READ = {
     *REQUIRED,

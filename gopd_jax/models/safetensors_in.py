@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from gopd_jax.models import params as lm_params
 from gopd_jax.models.params import ModelConfig, Param
 
+POINTER = b"version https://git-lfs"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # What a tensor may be stored as; float32 holds each of them exactly.
 FLOATS = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "F16": np.float16}
@@ -56,6 +57,11 @@ def files(directory: Path) -> list[Path]:
     names = [WEIGHTS] if weight_map is None else sorted(set(weight_map.values()))
     if missing := [name for name in names if not (directory / name).is_file()]:
         here = sorted(file.name for file in directory.iterdir())
+        if odd := [name for name in missing if name in here]:
+            raise ValueError(
+                f"{directory} has {odd}, but as a directory or as a link to nothing (a hub's cache "
+                "copied without its blobs?); copy the files themselves"
+            )
         tensors = [name for name in here if name.endswith(".safetensors")]
         pickled = [name for name in here if name.endswith((".bin", ".pt", ".pth"))]
         if pickled and not tensors:
@@ -87,6 +93,12 @@ def scan(directory: Path) -> dict[str, Stored]:
                     for name, view in views.items()
                 }
         except SafetensorError as error:
+            with file.open("rb") as opened:
+                if opened.read(len(POINTER)) == POINTER:
+                    raise ValueError(
+                        f"{file} is a Git LFS pointer, not the weights; run `git lfs pull` in "
+                        "its repository"
+                    ) from error
             raise ValueError(f"{file} is truncated or corrupt ({error}); copy it again") from error
         if twice := here.keys() & found.keys():
             others = sorted({found[name].file.name for name in twice})
