@@ -2,6 +2,7 @@
 
 import fcntl
 import sys
+import time
 import weakref
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import jax
 from gopd_jax import metrics, processes
 
 LOCK = ".lock"
+PATIENCE = 120  # seconds
 _HELD: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
 
 
@@ -29,12 +31,7 @@ class Held:
                 "--config.workdir"
             ) from error
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(
-                f"another run is under way in {path}; wait for its end, stop it, or give another "
-                "--config.workdir"
-            ) from error
+            self._wait(path)
         except OSError as error:  # not every shared file system has locks
             print(
                 f"warning: {path} cannot be locked ({error.strerror}): see to it that no other run "
@@ -42,12 +39,33 @@ class Held:
                 file=sys.stderr,
             )
 
+    def _wait(self, path: Path) -> None:
+        """A job that is put in the place of a preempted one may begin while that still saves, and a
+        lock on a network file system outlives its host by a minute or two."""
+        end, told = time.monotonic() + PATIENCE, False
+        while True:
+            try:
+                return fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                if time.monotonic() > end:
+                    raise ValueError(
+                        f"another run is under way in {path}; wait for its end, stop it, or give "
+                        "another --config.workdir"
+                    ) from error
+            if not told:
+                told = True
+                print(
+                    f"another run is under way in {path}; waiting {PATIENCE} seconds for its end",
+                    file=sys.stderr,
+                )
+            time.sleep(min(1.0, PATIENCE))
+
 
 def hold(workdir) -> Held | None:
     """The workdir, held by the process that writes it; None on the others.
 
-    Every process has to ask. ValueError, on all of them, where another run has it or nothing can
-    be written there. A process that has it already may begin anew.
+    Every process has to ask. ValueError, on all of them, where another run has it for longer than
+    PATIENCE or nothing can be written there. A process that has it already may begin anew.
     """
     path, held, refused = Path(workdir).absolute(), None, None
     if jax.process_index() == 0:

@@ -6,21 +6,28 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 
 import jax
 import pytest
 import tiny
 
-from gopd_jax import sharding, workdir
+from gopd_jax import sharding, train, workdir
 
-HOLD = "import sys, time; from gopd_jax import workdir; h = workdir.hold(sys.argv[1]); print(1)"
+HOLD = """
+import sys, time
+from gopd_jax import workdir
+workdir.PATIENCE = 0.1
+held = workdir.hold(sys.argv[1])
+print(1)
+"""
 
 
 @pytest.fixture
 def other(tmp_path):
     """A process that holds tmp_path/run until it is killed."""
     process = subprocess.Popen(
-        [sys.executable, "-uc", f"{HOLD}; time.sleep(600)", str(tmp_path / "run")],
+        [sys.executable, "-uc", f"{HOLD}time.sleep(600)", str(tmp_path / "run")],
         env=tiny.environment(1),
         stdout=subprocess.PIPE,
         text=True,
@@ -32,13 +39,26 @@ def other(tmp_path):
     process.stdout.close()
 
 
-def test_a_workdir_is_one_process_s_until_that_ends_however_it_does(tmp_path, other):
-    with pytest.raises(ValueError, match=f"another run is under way in {tmp_path}/run; wait"):
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setattr(workdir, "PATIENCE", 0.1)
+
+
+def test_a_workdir_is_one_process_s_until_that_ends_however_it_does(tmp_path, other, capsys):
+    with pytest.raises(ValueError, match=f"another run is under way in {tmp_path}/run; wait for"):
         workdir.hold(tmp_path / "run")
+    assert "waiting 0.1 seconds for its end" in capsys.readouterr().err
     assert workdir.hold(tmp_path / "another")
     other.send_signal(signal.SIGKILL)
     other.wait()
     assert workdir.hold(tmp_path / "run")
+
+
+def test_a_run_waits_for_one_that_is_about_to_end(tmp_path, other, monkeypatch):
+    monkeypatch.setattr(workdir, "PATIENCE", 60)
+    threading.Timer(1.5, other.kill).start()
+    assert workdir.hold(tmp_path / "run")
+    assert other.wait() == -signal.SIGKILL
 
 
 def test_a_process_may_begin_anew_and_lets_go_with_its_last_run(tmp_path):
@@ -54,9 +74,8 @@ def test_a_process_may_begin_anew_and_lets_go_with_its_last_run(tmp_path):
 
 def test_the_run_of_another_process_is_refused_before_its_files_are_read(tmp_path, other):
     tiny.build(tmp_path)
-    done = tiny.run(tmp_path, "--config.steps=1")
-    assert done.returncode == 2
-    assert done.stderr.strip().startswith(f"another run is under way in {tmp_path}/run;")
+    with pytest.raises(ValueError, match=f"another run is under way in {tmp_path}/run; wait for"):
+        train.begin(tiny.config(tmp_path))
     assert [path.name for path in (tmp_path / "run").iterdir()] == [workdir.LOCK]
 
 
