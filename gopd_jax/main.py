@@ -94,6 +94,8 @@ def parse(argv):
     try:
         return flags.FLAGS(argv)
     except flags.UnrecognizedFlagError as error:
+        if error.flagname.split(".")[0] in typing.get_type_hints(Config):
+            refuse(f"there is no flag --{error.flagname}; did you mean --config.{error.flagname}?")
         refuse(f"{error}; --help lists the flags")
     except Exception as error:
         refuse(_where(error))
@@ -129,9 +131,23 @@ def _where(error: Exception) -> str:
     """The first cause of an error while a preset was read or a flag applied, with its line."""
     while cause := error.__cause__ or error.__context__:
         if isinstance(error, flags.Error) and not str(error).count("Traceback"):
-            return str(error)  # such as a number that is none, which names the flag already
+            # Such as a number that is none, which names the flag already.
+            if section := re.match(
+                r"flag --([\w.]+)=(.*?): Unable to parse value .* instance", f"{error}"
+            ):
+                name, value = section.groups()
+                return f"--{name} is a section of settings; give one, --{name}.path={value} say"
+            return str(error)
         error = cause
     said = f"{type(error).__name__}: {error}"
+    if unset := re.match(
+        r'Flag ([\w.]+) can not be applied because field "([\w.]+)" is None', f"{error}"
+    ):
+        return f"{unset[2]} is none here; give --config.{unset[2]}=build before --config.{unset[1]}"
+    if isinstance(error, KeyError):
+        said = (
+            f"there is no {error}; a flag changes what a preset has, a teacher say, and adds none"
+        )
     preset = _preset()
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         if preset and Path(frame.filename).absolute() == preset:
