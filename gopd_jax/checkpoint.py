@@ -44,7 +44,7 @@ def open_manager(workdir, *, keep: int) -> Iterator[ocp.CheckpointManager]:
         except BaseException:
             with contextlib.suppress(Exception):  # the same once more, if it is a save's
                 manager.close()
-            gc.collect()  # the writes that Orbax has left; at Python's end they would be printed
+            gc.collect()  # as _drop_the_others, where a save has failed
             raise
         with _saving(manager):
             manager.close()
@@ -59,8 +59,7 @@ def _saving(manager: ocp.CheckpointManager):
         return
     except Exception as error:
         why = _first(error)
-    time.sleep(0.5)  # writes under way end, and find their event loop closed
-    gc.collect()
+    _drop_the_others()
     newest = _steps(directory)[-1:]
     then = f"continues from step {newest[0]}" if newest else "starts over"
     raise NotSaved(
@@ -225,9 +224,7 @@ def _read(path: Path, item: str, how):
                 return reader.restore(path, args=ocp.args.Composite(**{item: how}))[item]
         except Exception as error:
             why = _first(error)
-        # Behind the clause, so that nothing holds the reads that Orbax has left.
-        time.sleep(0.5)  # those under way end, and find their event loop closed
-        gc.collect()
+        _drop_the_others()
     raise _damaged(path, why)
 
 
@@ -255,6 +252,13 @@ def _one_error():
             logger.removeFilter(_not_orbax)
 
 
+def _drop_the_others() -> None:
+    """Reads or writes that Orbax has left where one failed: Python would print them at its end.
+    Behind the `except` clause, which holds them."""
+    time.sleep(0.5)  # those under way end, and find their event loop closed
+    gc.collect()
+
+
 def _not_orbax(record: logging.LogRecord) -> bool:
     """False for an exception that Orbax logs where it raises it, or that asyncio logs of its."""
     return not (record.exc_info and "orbax" in record.pathname + record.getMessage())
@@ -272,8 +276,8 @@ def _first(error: BaseException) -> str:
 def _damaged(path: Path, why: str) -> ValueError:
     older = [step for step in _steps(path.parent) if step < int(path.name)]
     then = f"continue from step {older[-1]}" if older else "start over"
-    finished = path.parents[1] / EXPORT
-    those = (
-        f"that directory and {finished}" if finished.exists() and not older else "that directory"
+    export = path.parents[1] / EXPORT  # a run with it and without a checkpoint is not begun again
+    more = f" and {export}" if export.exists() and not older else ""
+    return ValueError(
+        f"the checkpoint {path} cannot be read: {why}\nDelete that directory{more} to {then}"
     )
-    return ValueError(f"the checkpoint {path} cannot be read: {why}\nDelete {those} to {then}")
