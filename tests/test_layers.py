@@ -22,7 +22,7 @@ LAYERS = (
     ("recipe",),
     ("heads",),
     ("update",),
-    ("step", "evaluate", "metrics", "evidence", "advice", "signals", "card"),
+    ("step", "evaluate", "metrics", "evidence", "advice", "signals", "card", "workdir"),
     ("diagnose", "assembly"),
     ("setup",),
     ("probe", "preflight", "results", "advance", "abstract"),
