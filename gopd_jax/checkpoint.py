@@ -23,6 +23,8 @@ from jax.experimental import multihost_utils
 EXPORT = "export"  # beside the checkpoints: the student of a run that came to its end
 # Entries of an identity that the first version did not record: not compared where they are absent.
 UNRECORDED = ("ends of completions", "reader of ")
+# Files of Orbax that log what `wait_until_finished`, `save` or `close` raises as well.
+RAISED_TOO = ("future.py", "async_checkpointer.py", "checkpoint_manager.py")
 
 
 class NotSaved(RuntimeError):
@@ -260,8 +262,11 @@ def _drop_the_others() -> None:
 
 
 def _not_orbax(record: logging.LogRecord) -> bool:
-    """False for an exception that Orbax logs where it raises it, or that asyncio logs of its."""
-    return not (record.exc_info and "orbax" in record.pathname + record.getMessage())
+    """False for what Orbax's threads log of an exception that `result` raises too, and for what
+    asyncio says of a task of Orbax's; its other errors, of removing an old checkpoint say, stay."""
+    raised = "orbax" in record.pathname and record.filename in RAISED_TOO
+    task = record.name == "asyncio" and "orbax" in record.getMessage()
+    return not (record.exc_info and (raised or task))
 
 
 def _first(error: BaseException) -> str:

@@ -5,6 +5,7 @@ continues a run that was stopped. Exit status: 0 at the last step, 2 for wrong i
 failed, on a full disk say, 143 and 130 after SIGTERM and Ctrl-C.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import errno
@@ -34,7 +35,7 @@ DISTRIBUTED = flags.DEFINE_bool(
 )
 flags.mark_flag_as_required("config")
 
-WRONG_INPUT = 2
+FAILED, WRONG_INPUT = 1, 2
 
 
 def main(argv):
@@ -48,23 +49,15 @@ def main(argv):
     jax.config.update("jax_compilation_cache_dir", str(cache))
     memory.give_back_after_compiling()
 
-    from gopd_jax import checkpoint, report, train
+    from gopd_jax import report, train
 
     config = CONFIG.value
     try:
         begun = train.check(train.begin(config))
     except (ValueError, OSError) as error:
         refuse(error)
-    try:
+    with full_disk_told():
         summary = train.finish(begun)
-    except checkpoint.NotSaved as error:
-        print(f"\n{error}", file=sys.stderr)
-        sys.exit(1)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        print(f"\n{error}; free some space: the same command continues", file=sys.stderr)
-        sys.exit(1)
     if summary.stopped_by:
         _say(f"stopped after step {summary.step} of {config.steps}; continue with: {_command()}")
         sys.exit(128 + summary.stopped_by)
@@ -80,6 +73,25 @@ def main(argv):
         f"report: {page}   metrics: {summary.workdir / 'metrics.jsonl'}   "
         f"model: {summary.export}   {longer}"
     )
+
+
+@contextlib.contextmanager
+def full_disk_told():
+    """What could not be written, for want of space as a rule, ends the program with status 1."""
+    from gopd_jax import checkpoint
+
+    try:
+        yield
+    except checkpoint.NotSaved as error:
+        said = str(error)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        said = f"{error}\nFree some space; the same command continues"
+    else:
+        return
+    print(f"\n{said}", file=sys.stderr)
+    sys.exit(FAILED)
 
 
 def parse(argv):

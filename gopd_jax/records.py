@@ -197,6 +197,7 @@ def messages_of(row: dict) -> tuple[dict[str, str], ...]:
             turns = json.loads(turns)
         except ValueError as error:
             raise ValueError(f"{key!r} is text and not the JSON of a list: {error}") from error
+        turns = _plain(turns, key)
     if isinstance(turns, dict) and all(isinstance(column, list) for column in turns.values()):
         # TFDS keeps a sequence of features as columns.
         turns = [dict(zip(turns, turn, strict=True)) for turn in zip(*turns.values(), strict=True)]

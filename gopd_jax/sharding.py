@@ -91,10 +91,7 @@ def make_mesh(
 def _all_devices() -> list:
     try:
         return jax.devices()
-    except (
-        RuntimeError,
-        AssertionError,
-    ) as error:  # the second of a platform that is not installed
+    except (RuntimeError, AssertionError) as error:  # an assertion where a plug-in is missing
         platforms = os.environ.get("JAX_PLATFORMS") or "unset"
         said = f" ({str(error).splitlines()[0]})" if str(error) else ""
         raise ValueError(

@@ -24,11 +24,13 @@ EVALUATION_SEED = 1  # the stream of rollouts is 0
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Begun:
-    """A run that is loaded, checked and restored; nothing is compiled or written yet."""
+    """A run that is loaded, checked and restored; nothing is compiled yet, nor written but the
+    workdir's lock."""
 
     this: Run
     state: TrainState | None  # of the newest checkpoint; None where there is none
     held: workdirs.Held | None  # its workdir; None on all processes but the first
+    lost: str | None  # what to say of rows that the workdir has lost
 
     @property
     def step(self) -> int:
@@ -59,10 +61,8 @@ def begin(config: settings.Config) -> Begun:
     workdir, of which nothing but its lock is written."""
     this = prepare(config)
     held = workdirs.hold(config.workdir)
-    newest, export = (
-        checkpoint.newest_step(config.workdir),
-        Path(config.workdir) / checkpoint.EXPORT,
-    )
+    newest = checkpoint.newest_step(config.workdir)
+    export = Path(config.workdir) / checkpoint.EXPORT
     if newest is None and export.exists():
         raise ValueError(
             f"{config.workdir} holds the results of a finished run, {export}, and no checkpoint to "
@@ -73,9 +73,9 @@ def begin(config: settings.Config) -> Begun:
             f"{config.workdir} holds step {newest} and steps is {config.steps}; give "
             f"--config.steps={newest} or more, or another --config.workdir to start anew"
         )
-    workdirs.rows_lost(config.workdir, newest or 0)  # an error if they cannot be read
+    lost = workdirs.rows_lost(config.workdir, newest or 0)
     state = checkpoint.restore(config.workdir, abstract_state(this), this.identity)
-    return Begun(this=this, state=state, held=held)
+    return Begun(this=this, state=state, held=held, lost=lost)
 
 
 def check(begun: Begun) -> Begun:
@@ -100,7 +100,7 @@ def finish(begun: Begun) -> Summary:
     this, start, resumed = begun.this, begun.step, begun.state is not None
     config, workdir = this.config, Path(this.config.workdir)
     state = begun.state if resumed else init_state(this.recipe, this.student.params)
-    held = begun.held  # noqa: F841 (until this returns)
+    held, lost = begun.held, begun.lost  # noqa: F841 (held until this returns)
     del begun  # its state is donated to the first step
     _release(this)
     first, traced = jax.process_index() == 0, _steps(config.profile)
@@ -120,15 +120,9 @@ def finish(begun: Begun) -> Summary:
             progress.note(f"{workdir} is at step {start} of {start}: nothing is left to train")
         elif resumed:
             progress.note(f"continuing {workdir} after step {start}")
-        if lost := workdirs.rows_lost(workdir, start):
-            progress.note(lost)
         attends = attention_told(config, this.mesh, this.roles)
-        for note in (
-            *config.notes(),
-            *data.overlap(this.train, this.test),
-            this.recipe.objective.formula,
-            attends,
-        ):
+        warnings = (*([lost] if lost else []), *data.overlap(this.train, this.test))
+        for note in (*config.notes(), *warnings, this.recipe.objective.formula, attends):
             progress.note(note)
         told = metrics.read_rows(workdir / metrics.METRICS)
         adviser = advice.Watch(settings.to_dict(config), told)

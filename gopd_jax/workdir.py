@@ -67,7 +67,7 @@ def hold(workdir) -> Held | None:
     Every process has to ask. ValueError, on all of them, where another run has it for longer than
     PATIENCE or nothing can be written there. A process that has it already may begin anew.
     """
-    path, held, refused = Path(workdir).absolute(), None, None
+    path, held, refused = Path(workdir).resolve(), None, None
     if jax.process_index() == 0:
         try:
             if (held := _HELD.get(path)) is None:

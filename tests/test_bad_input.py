@@ -1,6 +1,7 @@
 """Wrong input ends a run before its first compile, with both values, the cure and no traceback."""
 
 import contextlib
+import errno
 import json
 import re
 import shutil
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import tiny
 
-from gopd_jax import data, main, processes, step, train
+from gopd_jax import checkpoint, data, main, processes, step, train
 from gopd_jax.models import decoder as lm
 from gopd_jax.models import hf
 from gopd_jax.models import params as lm_params
@@ -278,6 +279,22 @@ def test_a_preset_that_is_not_there_is_refused_with_those_that_are(parse, capsys
     said = capsys.readouterr().err
     assert said.strip().startswith(f"there is no preset {tiny.REPOSITORY}/configs/exodp.py; ")
     assert "'exopd', " in said
+
+
+@pytest.mark.parametrize(
+    "error",
+    [checkpoint.NotSaved("not written\nthe cure"), OSError(errno.ENOSPC, "No space left", "rows")],
+)
+def test_a_full_disk_ends_the_command_with_status_1_and_without_a_traceback(capsys, error):
+    with pytest.raises(SystemExit) as ended, main.full_disk_told():
+        raise error
+    assert ended.value.code == 1
+    assert capsys.readouterr().err.strip().startswith(str(error).strip())
+
+
+def test_another_error_of_the_system_is_not_taken_for_a_full_disk():
+    with pytest.raises(PermissionError), main.full_disk_told():
+        raise PermissionError(errno.EACCES, "no")
 
 
 @pytest.mark.parametrize(

@@ -320,7 +320,19 @@ def test_problems_that_are_trained_and_evaluated_on_are_counted(tmp_path):
     assert data.overlap(train, other) == ()
 
 
-def test_half_a_surrogate_pair_is_named_by_line(tmp_path):
-    rows = [row(0), {**row(1), "prompt": "\ud800 w1"}, row(2, "code")]
-    with pytest.raises(ValueError, match=r"rows.jsonl:2: 'prompt' is not Unicode text"):
-        data.load(jsonl(tmp_path, rows), TASKS)
+TURNS = [{"role": "user", "content": "\ud800 w1"}]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "named"),
+    [
+        ("prompt", "\ud800 w1", "prompt"),
+        ("messages", TURNS, "content"),
+        ("messages", json.dumps(TURNS), "content"),
+    ],
+    ids=["prompt", "turns", "turns as JSON"],
+)
+def test_half_a_surrogate_pair_is_named_by_line(tmp_path, key, value, named):
+    odd = {k: v for k, v in row(1).items() if k != "prompt"} | {key: value}
+    with pytest.raises(ValueError, match=f"rows.jsonl:2: '{named}' is not Unicode text"):
+        data.load(jsonl(tmp_path, [row(0), odd, row(2, "code")]), TASKS)

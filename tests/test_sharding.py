@@ -244,3 +244,14 @@ def test_a_process_whose_rows_are_no_run_of_its_share_is_refused(make_mesh, monk
     monkeypatch.setattr(sharding, "by_rows", lambda mesh: fake)
     with pytest.raises(ValueError, match="do not hold one run of rows: reorder the mesh"):
         sharding.process_share(mesh, 8)
+
+
+@pytest.mark.parametrize("error", [AssertionError(), RuntimeError("no backend\nmore")])
+def test_a_platform_without_devices_is_named(monkeypatch, error):
+    def devices():
+        raise error
+
+    monkeypatch.setattr(jax, "devices", devices)
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    with pytest.raises(ValueError, match=r"no device where JAX_PLATFORMS is cuda.*unset it"):
+        sharding.make_mesh(None, 1, 1)

@@ -12,7 +12,7 @@ import jax
 import pytest
 import tiny
 
-from gopd_jax import sharding, train, workdir
+from gopd_jax import train, workdir
 
 HOLD = """
 import sys, time
@@ -126,14 +126,3 @@ def test_a_damaged_row_is_an_error_with_its_place(tmp_path, name):
     (tmp_path / name).write_text('{"step": 1}\n{"ste\n{"step": 3}\n')
     with pytest.raises(ValueError, match=f"{name}:2 is not a JSON object"):
         workdir.rows_lost(tmp_path, 0)
-
-
-@pytest.mark.parametrize("error", [AssertionError(), RuntimeError("no backend\nmore")])
-def test_a_platform_without_devices_is_named(monkeypatch, error):
-    def devices():
-        raise error
-
-    monkeypatch.setattr(jax, "devices", devices)
-    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
-    with pytest.raises(ValueError, match=r"no device where JAX_PLATFORMS is cuda.*unset it"):
-        sharding.make_mesh(None, 1, 1)
