@@ -8,8 +8,6 @@ options; where no theory gives one it is a judgement, and its comment says so.
 from __future__ import annotations
 
 import math
-from collections import deque
-from collections.abc import Iterable
 
 from gopd_jax.evidence import (
     WINDOW,
@@ -29,7 +27,6 @@ from gopd_jax.evidence import (
 from gopd_jax.spec import table
 
 LENGTH = "sampling.completion_length"
-QUIET = 10  # steps without a cause after which its return is said again
 
 
 # With a third lost the teacher judges late states by another standard than early ones: judgement.
@@ -286,6 +283,25 @@ def reward_falls(rows, config, *, errors=2.0, least=0.02, kl=0.9, n=4, n_kl=10):
     )
 
 
+# One nat: what the student samples is on average a third as likely under the teacher. A student
+# that is trained comes closer or, with lambda > 1, passes by at a fraction of that: judgement.
+def runaway(rows, config, *, nats=1.0, growth=3.0, n=2):
+    """The student leaves all that the teacher would write."""
+    found = ends(rows, "kl_teacher", n)
+    if found is None or found[1] < max(nats, growth * found[0]):
+        return None
+    return say(
+        config,
+        f"runaway: the KL to the teacher rose from {found[0]:.2g} to {found[1]:.2g} nats a token "
+        f"(means of {n} steps): the student leaves what the teacher would write",
+        f"{slower(config)} and another workdir, from the start",
+        f"--config.objective.lam={1 + (lam_of(config) - 1) / 2:g}" if lam_of(config) > 1 else None,
+        "--config.optimizer.warmup_steps=10"
+        if not setting(config, "optimizer.warmup_steps", 0)
+        else None,
+    )
+
+
 # Half of a text repeated is a loop in any language; a fifth more than at first is new: judgement.
 def repetition(rows, config, *, most=0.5, rise=0.2):
     """Completions repeat themselves."""
@@ -307,7 +323,7 @@ def repetition(rows, config, *, most=0.5, rise=0.2):
 ADVICE = table(
     *(prefix_drift, bad_start, outliers, clipped, variance, diversity_loss, length_runaway),
     *(extrapolation_hacking, stale_rollouts, sampler_mismatch, skipped_updates),
-    *(critic_not_learning, reward_falls, repetition),
+    *(critic_not_learning, reward_falls, runaway, repetition),
 )
 
 
@@ -315,36 +331,3 @@ def advise(rows: list[dict], config: dict) -> dict[str, str]:
     """Name -> sentence, of what applies after the last of `rows`; {} where nothing does."""
     told = {name: entry(rows, config) for name, entry in ADVICE.items()} if rows else {}
     return {name: sentence for name, sentence in told.items() if sentence is not None}
-
-
-class Watch:
-    """Says each advice when it first applies, and again once it has not applied for QUIET steps.
-
-    config: settings as plain values. rows: those of an interrupted run that is continued; what
-    they had to say has been said.
-    """
-
-    def __init__(self, config: dict, rows: Iterable[dict] = ()):
-        self._config, self._begin, self._end = config, [], deque(maxlen=WINDOW)
-        self._applied: dict[str, int] = {}  # name -> step at which it last applied
-        for row in rows:
-            self.see(row)
-
-    def see(self, row: dict) -> list[str]:
-        """The sentences that are new with the row of a step, which holds its "step"."""
-        return list(self.news(row).values())
-
-    def news(self, row: dict) -> dict[str, str]:
-        """As `see`, by name."""
-        # Both together are all that an entry looks at of the whole.
-        (self._begin if len(self._begin) < WINDOW else self._end).append(row)
-        told, step = advise([*self._begin, *self._end], self._config), row["step"]
-        new = {n: s for n, s in told.items() if step - self._applied.get(n, -math.inf) > QUIET}
-        self._applied |= dict.fromkeys(told, step)
-        return new
-
-
-def history(rows: Iterable[dict], config: dict) -> list[tuple[int, str, str]]:
-    """(step, name, sentence) of all that a run had to be told, in order."""
-    watch = Watch(config)
-    return [(row["step"], *item) for row in rows for item in watch.news(row).items()]

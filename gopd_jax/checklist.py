@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from functools import partial
 
-from gopd_jax import account, advice, evidence
+from gopd_jax import account, evidence, watch
 from gopd_jax.account import Unknown, count, get, off, span
 from gopd_jax.plots import Run
 
@@ -212,7 +212,7 @@ def _advice(run: Run) -> str:
     if not run.metrics:
         raise Unknown("metrics.jsonl has no row")
     told: dict[str, list[str]] = {}
-    for step, name, _ in advice.history(run.metrics, run.info.get("config", {})):
+    for step, name, _ in watch.history(run.metrics, run.info.get("config", {})):
         told.setdefault(name, []).append(str(step))
     return "; ".join(f"{n} at step {', '.join(steps)}" for n, steps in told.items()) or "none"
 

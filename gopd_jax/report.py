@@ -15,7 +15,7 @@ from pathlib import Path
 
 import jinja2
 
-from gopd_jax import advice, plots
+from gopd_jax import plots, watch
 from gopd_jax.charts import DIAGNOSTICS
 from gopd_jax.checklist import checklist, recovered
 from gopd_jax.metrics import EVALUATION, METRICS, SAMPLES, TIMING, read_rows
@@ -240,7 +240,7 @@ def _advice(runs: list[Run]) -> list[dict]:
     return [
         {"run": run.name, "step": step, "name": name, "sentence": sentence}
         for run in runs
-        for step, name, sentence in advice.history(run.metrics, run.info.get("config", {}))
+        for step, name, sentence in watch.history(run.metrics, run.info.get("config", {}))
     ]
 
 

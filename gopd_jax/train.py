@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jax
 
-from gopd_jax import advice, checkpoint, data, metrics, preflight, results, step
+from gopd_jax import checkpoint, data, metrics, preflight, results, step
 from gopd_jax import config as settings
 from gopd_jax import workdir as workdirs
 from gopd_jax.advance import Stepper, abstract_state, prompts_of
@@ -18,6 +18,7 @@ from gopd_jax.recipe import init_state
 from gopd_jax.setup import Run, prepare
 from gopd_jax.signals import stop_signals
 from gopd_jax.types import TrainState
+from gopd_jax.watch import Watch
 
 EVALUATION_SEED = 1  # the stream of rollouts is 0
 
@@ -125,7 +126,7 @@ def finish(begun: Begun) -> Summary:
         for note in (*config.notes(), *warnings, this.recipe.objective.formula, attends):
             progress.note(note)
         told = metrics.read_rows(workdir / metrics.METRICS)
-        adviser = advice.Watch(settings.to_dict(config), told)
+        adviser = Watch(settings.to_dict(config), told)
         judge = _judge(this, writer, progress)
         if not resumed:
             signal_of = _judge_all(this, judge, state, stop, progress.note)
@@ -233,12 +234,29 @@ def _judge_all(this: Run, judge, state: TrainState, stop, note) -> int | None:
             if name not in found:
                 continue
             told, own = found[name][task], students[task]
-            if told["accuracy"] <= own["accuracy"] + math.hypot(told["stderr"], own["stderr"]):
+            if told["accuracy"] <= own["accuracy"] + _error(told, own):
                 note(
                     f"warning: by these samples {name} is not clearly better than the student on "
                     f"{task!r}, {_shown(told)} and {_shown(own)}: is it the right teacher?"
                 )
     return None
+
+
+def worse(before: list[dict], after: list[dict]) -> str | None:
+    """What to say of the tasks on which a student lost more than two standard errors."""
+    first = {row["task"]: row for row in before}
+    fell = [
+        f"{row['task']!r} from {_shown(first[task])} to {_shown(row)}"
+        for row in after
+        if (task := row["task"]) in first
+        and first[task]["accuracy"] - row["accuracy"] > 2 * _error(first[task], row)
+    ]
+    return f"warning: the student got worse on {', '.join(fell)}" if fell else None
+
+
+def _error(*rows: dict) -> float:
+    """The standard error of a difference; not a number where one problem tells none."""
+    return math.hypot(*(math.nan if row["stderr"] is None else row["stderr"] for row in rows))
 
 
 def _shown(row: dict) -> str:
@@ -248,6 +266,8 @@ def _shown(row: dict) -> str:
 def _judge(this: Run, writer: metrics.Writer, progress: metrics.Progress):
     """(name, decoder, params, step): evaluate, write the rows, say the result above the bar."""
     c, samplers = this.config, {}
+    told = metrics.read_rows(Path(c.workdir) / metrics.EVALUATION)
+    first = [row for row in told if (row["model"], row["step"]) == ("student", 0)]
 
     def judge(name, decoder, params, at: int):
         sample = samplers.setdefault(decoder, step.sampling(this.recipe, decoder))
@@ -269,6 +289,10 @@ def _judge(this: Run, writer: metrics.Writer, progress: metrics.Progress):
         writer.samples(result.samples)
         shown = "   ".join(f"{row['task']} {_shown(row)}" for row in result.rows)
         progress.note(f"step {at:4d}  {name:14s} {shown}")
+        if name == "student":
+            first.extend(() if first else result.rows)
+            if loss := worse(first, result.rows):
+                progress.note(loss)
         return {row["task"]: row for row in result.rows}
 
     return judge

@@ -210,6 +210,20 @@ CASES = [
         stepped({"reward": 0.6, "kl_teacher": 0.2}, {"reward": 0.581, "kl_teacher": 0.1}),
     ),
     (
+        "runaway",
+        CONFIG,
+        stepped({"kl_teacher": 0.03}, {"kl_teacher": 1.01}),
+        ["from 0.03 to 1 nats", "learning_rate=1e-05", "lam=1.125", "warmup_steps=10"],
+        stepped({"kl_teacher": 0.03}, {"kl_teacher": 0.99}),
+    ),
+    (
+        "runaway",  # from far away
+        CONFIG | {"objective": {}},
+        stepped({"kl_teacher": 0.5}, {"kl_teacher": 1.51}),
+        ["from 0.5 to 1.5 nats"],
+        stepped({"kl_teacher": 0.5}, {"kl_teacher": 1.49}),
+    ),
+    (
         "repetition",
         CONFIG,
         stepped({"probe/repetition": 0.1}, {"probe/repetition": 0.31}),

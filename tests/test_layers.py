@@ -22,7 +22,7 @@ LAYERS = (
     ("recipe",),
     ("heads",),
     ("update",),
-    ("step", "evaluate", "metrics", "evidence", "advice", "signals", "card", "workdir"),
+    ("step", "evaluate", "metrics", "evidence", "advice", "watch", "signals", "card", "workdir"),
     ("diagnose", "assembly"),
     ("setup",),
     ("probe", "preflight", "results", "advance", "abstract"),

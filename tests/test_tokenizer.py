@@ -241,6 +241,14 @@ def test_a_missing_file_is_named(tmp_path, file):
     assert str(tmp_path) in str(error.value)
 
 
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_file_that_was_cut_is_to_be_copied_again(tmp_path, file):
+    path = write(tmp_path) / file
+    path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(ValueError, match="copy it from where the model came from"):
+        tokenizer_lib.load(tmp_path)
+
+
 @pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
 def test_a_broken_file_is_named(tmp_path, file):
     (write(tmp_path) / file).write_text("{% broken")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import signal
 import threading
@@ -180,6 +181,21 @@ def test_a_finished_run_started_again_exports_again_and_says_so(root, tmp_path, 
 
 
 @pytest.mark.slow
+def test_a_student_that_lost_more_than_two_standard_errors_is_named():
+    def rows(math_, code, stderr=0.03):
+        found = (("math", math_), ("code", code))
+        return [{"task": task, "accuracy": x, "stderr": stderr} for task, x in found]
+
+    before = rows(0.44, 0.5, 0.04)  # two errors of the difference are ten points
+    told = train.worse(before, rows(0.33, 0.41))
+    assert told == ("warning: the student got worse on 'math' from 44.0 ± 4.0 % to 33.0 ± 3.0 %")
+    assert train.worse(before, rows(0.0, 0.0, 0.0)).count(" from ") == 2
+    assert train.worse(before, rows(0.35, 0.9)) is None
+    for none in (None, math.nan):  # one problem tells no error
+        assert train.worse(rows(0.9, 0.9, none), rows(0.0, 0.0)) is None
+    assert train.worse([], rows(0.0, 0.0)) is None
+
+
 def test_a_finished_run_is_made_longer_by_more_steps(root, tmp_path):
     train.run(in_workdir(root, tmp_path, steps=4))
     train.run(in_workdir(root, tmp_path, steps=6))

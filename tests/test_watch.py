@@ -3,7 +3,8 @@
 from test_advice import CONFIG, flat
 
 from gopd_jax import evidence
-from gopd_jax.advice import Watch, advise, history
+from gopd_jax.advice import advise
+from gopd_jax.watch import Watch, history
 
 
 def test_a_watch_says_a_thing_once_and_again_after_ten_quiet_steps():

@@ -19,6 +19,11 @@ import jinja2.nodes
 import jinja2.sandbox
 import tokenizers
 
+_AGAIN = (
+    "copy it from where the model came from, or write it with transformers: "
+    "AutoTokenizer.from_pretrained(...).save_pretrained(directory)"
+)
+
 
 class _Generation(jinja2.ext.Extension):
     """{% generation %} ... {% endgeneration %}, which marks assistant text, renders as its body."""
@@ -217,7 +222,7 @@ def _json(path: Path, optional: bool = False) -> dict:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+        raise ValueError(f"{path} is not JSON ({error}); {_AGAIN}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a {type(value).__name__}, not a JSON object")
     return value
@@ -225,14 +230,11 @@ def _json(path: Path, optional: bool = False) -> dict:
 
 def _backend(path: Path) -> tokenizers.Tokenizer:
     if not path.is_file():
-        raise ValueError(
-            f"there is no {path}; save the tokenizer with transformers: "
-            "AutoTokenizer.from_pretrained(...).save_pretrained(directory)"
-        )
+        raise ValueError(f"there is no {path}; {_AGAIN}")
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises a bare Exception
-        raise ValueError(f"{path} is not a tokenizer: {error}") from error
+        raise ValueError(f"{path} is not a tokenizer ({error}); {_AGAIN}") from error
     # A file may ask for padding and cutting, which would change ids unseen.
     backend.no_padding()
     backend.no_truncation()
