@@ -47,9 +47,10 @@ def recipe_of(c: settings.Config, mesh, goal, roles, teachers: tuple[str, ...], 
     n_updates = c.batch.updates * c.batch.epochs
     schedule = dataclasses.asdict(c.optimizer)
     schedule["warmup_steps"] *= n_updates
-    optimizer, rate = make_optimizer(**schedule, steps=c.steps * n_updates, seed=c.seed)
-    routes, mixture = _routes(c, teachers)
     head = None if c.critic is None or not goal.critic else c.critic
+    steps = c.steps - (head.warmup_steps if head else 0)  # in which the student learns
+    optimizer, rate = make_optimizer(**schedule, steps=steps * n_updates, seed=c.seed)
+    routes, mixture = _routes(c, teachers)
     decays = {c.teachers[name].follows for name in teachers} - {None}
     return Recipe(
         mesh=mesh,

@@ -109,7 +109,7 @@ class Critic:
     learning_rate: float = 1e-3  # of Adam; the policy has its own
     width: int = 64  # of the hidden layer
     closed_form: bool = True  # V holds the state's own expected reward, -KL, from the start
-    warmup_steps: int = 0  # first steps in which the head learns and the student does not
+    warmup_steps: int = 0  # first steps, in which the head learns and the student does not
     value_clip: float | None = None  # nats that V may move in one batch and still be rewarded
 
 
@@ -128,7 +128,7 @@ class Optimizer:
 
     learning_rate: float = 1e-5  # after the warm-up
     schedule: str = "constant"  # constant, or cosine to 0 at the last step
-    warmup_steps: int = 0  # linear, from 0
+    warmup_steps: int = 0  # linear, from 0, after those of a critic
     b1: float = 0.9  # decay of the gradient's mean
     b2: float = 0.999  # decay of the gradient's mean square
     weight_decay: float = 0.01  # times the learning rate, a step

@@ -100,11 +100,18 @@ def find(config) -> Iterator[str]:
             f"and objective.advantage = {o.advantage!r} measures none; set "
             "--config.critic.closed_form=False"
         )
-    if c.critic is not None and 0 < c.steps <= c.critic.warmup_steps:
-        yield (
-            f"critic.warmup_steps = {c.critic.warmup_steps} leaves no step of steps = {c.steps} to "
-            "the student; lower it, or raise steps"
-        )
+    if made.critic and c.critic is not None and 0 < c.steps:
+        before, warm = c.critic.warmup_steps, c.optimizer.warmup_steps
+        if c.steps <= before:
+            yield (
+                f"critic.warmup_steps = {before} leaves no step of steps = {c.steps} to the "
+                "student; lower it, or raise steps"
+            )
+        elif warm < c.steps <= before + warm:
+            yield (
+                f"critic.warmup_steps = {before} and, after them, optimizer.warmup_steps = {warm} "
+                f"leave none of steps = {c.steps} at the full rate; lower one, or raise steps"
+            )
 
 
 def _routes(c) -> Iterator[str]:

@@ -40,6 +40,15 @@ def make_optimizer(
     return (made if weights_dtype == "float32" else rounded(made, seed)), rate
 
 
+def n_updates(opt_state):
+    """Updates made so far, by which the schedule goes: a skipped one is not among them.
+
+    0 of an optimizer that counts none, and so has no schedule.
+    """
+    counts = optax.tree.get_all_with_path(opt_state, "count")
+    return counts[0][1] if counts else 0
+
+
 class Rounded(NamedTuple):
     """State of `rounded`: updates so far, which name the draws; the inner optimizer's."""
 

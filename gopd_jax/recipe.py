@@ -40,7 +40,7 @@ class Recipe:
     reference: Decoder | None
     objective: Objective
     optimizer: optax.GradientTransformation
-    learning_rate: Callable  # step -> rate, for the log
+    learning_rate: Callable  # updates made -> rate, for the log
     source: str  # student, teacher or data: who writes the completions
     group_rows: tuple[int, ...]  # rows of each task; a batch is sorted by task
     completion_length: int

@@ -34,6 +34,8 @@ def update(
     as skipped.
     """
     one, rows, metrics, lam = _prepared(recipe, state, rollout, scores, frozen)
+    rate = recipe.learning_rate(optimizer.n_updates(state.opt_state))
+    metrics["learning_rate"] = Mean.one(jnp.where(_student_learns(recipe, state), rate, 0.0))
     state, seen, found = _descend(recipe, one, state, rows)
     seen |= {name: x for name, x in rows["known"].items() if name in (*SEEN, *heads.TARGET)}
     metrics |= found | diagnostics(
@@ -44,8 +46,6 @@ def update(
         lam=lam,
         sampled=recipe.source == "student",
     )
-    rate = recipe.learning_rate(state.step * recipe.updates * recipe.epochs)
-    metrics["learning_rate"] = Mean.one(rate)
     if recipe.lag:
         metrics["staleness"] = Mean.one(jnp.minimum(state.step, recipe.lag))
     return state.replace(step=state.step + 1), metrics
@@ -272,15 +272,18 @@ def _by_length(recipe, rows, n: int):
     return batching.sorted_by_length(recipe.mesh, rows, mask_BT, n, recipe.widths)
 
 
+def _student_learns(recipe, state: TrainState):
+    """Not while its critic alone does. The schedule of its learning rate begins after that."""
+    return recipe.critic is None or state.step >= recipe.critic.warmup_steps
+
+
 def _apply(recipe, state: TrainState, losses, grads):
     """(state after one optimizer update, its metrics); nothing changes where it is not finite."""
     (loss, value_loss), (grads, value_grads) = losses, grads
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(grad_norm) & jnp.isfinite(loss)
-    learns = finite
     if recipe.critic is not None:
         finite &= jnp.isfinite(optax.tree.norm(value_grads)) & jnp.isfinite(value_loss)
-        learns = finite & (state.step >= recipe.critic.warmup_steps)
     updates, opt_state = recipe.optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = None
@@ -289,6 +292,7 @@ def _apply(recipe, state: TrainState, losses, grads):
         ema = jax.tree.map(lambda m, p: decay * m + (1 - decay) * p, state.ema, wide)
     new = params, opt_state, ema
     old = state.params, state.opt_state, state.ema
+    learns = finite & _student_learns(recipe, state)
     params, opt_state, ema = optimizer.where(learns, new, old)
     found = {
         "loss": Mean.one(loss),

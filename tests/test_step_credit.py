@@ -234,8 +234,9 @@ def test_while_the_critic_warms_up_the_student_stays_as_it_was():
     state, metrics = one.update()
     full.same(state.params, jax.device_get(one.params), 0)
     assert np.abs(state.critic.params["last"]).max() > 0
-    assert (metrics["skipped"], int(state.step)) == (0, 1)
-    state, _ = one.update(jax.tree.map(jnp.array, state))
+    assert (metrics["skipped"], metrics["learning_rate"], int(state.step)) == (0, 0, 1)
+    state, metrics = one.update(jax.tree.map(jnp.array, state))
+    assert metrics["learning_rate"] == one.recipe.learning_rate(0) > 0
     moved = jax.tree.map(lambda a, b: np.abs(np.asarray(a) - b).max(), one.params, state.params)
     assert min(jax.tree.leaves(moved)) > 0
 

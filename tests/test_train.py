@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import tiny
 
-from gopd_jax import advance, checkpoint, metrics, results, sharding, train
-from gopd_jax.config import Lora, Model
+from gopd_jax import advance, checkpoint, metrics, results, setup, sharding, train
+from gopd_jax.config import Critic, Lora, Model
 from gopd_jax.models import hf, lora
 from gopd_jax.signals import stop_signals
 from gopd_jax.verifiers import verify
@@ -181,6 +181,21 @@ def test_a_finished_run_started_again_exports_again_and_says_so(root, tmp_path, 
 
 
 @pytest.mark.slow
+def test_a_schedule_is_of_the_steps_in_which_the_student_learns(root):
+    config = tiny.config(
+        root,
+        steps=10,
+        objective={"credit": "gae"},
+        critic=Critic(warmup_steps=4),
+        optimizer={"schedule": "cosine", "warmup_steps": 2},
+        batch={"updates": 2},
+    )
+    rate = setup.prepare(config).recipe.learning_rate
+    peak = config.optimizer.learning_rate
+    # Four updates to the full rate and eight down to 0: those of the six steps that are left.
+    np.testing.assert_allclose([rate(i) for i in (0, 4, 8, 12)], [0, peak, peak / 2, 0], atol=1e-9)
+
+
 def test_a_student_that_lost_more_than_two_standard_errors_is_named():
     def rows(math_, code, stderr=0.03):
         found = (("math", math_), ("code", code))
