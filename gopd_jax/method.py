@@ -100,7 +100,7 @@ def find(config) -> Iterator[str]:
             f"and objective.advantage = {o.advantage!r} measures none; set "
             "--config.critic.closed_form=False"
         )
-    if made.critic and c.critic is not None and 0 < c.steps:
+    if made.critic and c.critic is not None and c.steps > 0:
         before, warm = c.critic.warmup_steps, c.optimizer.warmup_steps
         if c.steps <= before:
             yield (

@@ -22,6 +22,11 @@ def options_of(function: Callable) -> list[str]:
     return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
 
 
+def plain(entry: Callable) -> Callable:
+    """An entry of a table without the options that are bound to it."""
+    return getattr(entry, "func", entry)
+
+
 def resolve(text: str, entries: Mapping[str, Callable]) -> Callable:
     """The entry that `text` names, with its keyword options bound.
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from gopd_jax.objectives import checks
+from gopd_jax.objectives.divergences import DIVERGENCES, token_reward
 from gopd_jax.objectives.objective import TABLES, build
 
 # --- what is said of it
@@ -256,11 +257,39 @@ def longer(token_reward_BT, mask_BT):
     return jnp.pad(jnp.where(mask_BT, token_reward_BT, 0.0), ((0, 0), (0, 1)))
 
 
+def circular(credit_BT, mask_BT):
+    return credit_BT
+
+
+def averaged(log_u_BT, mask_BT):
+    """A mean that forgot keepdims."""
+    return jnp.where(mask_BT, log_u_BT, 0.0).mean(0)[None]
+
+
+def number(mask_BT):
+    return jnp.float32(1)
+
+
+def total(logp_x):
+    return logp_x.sum()
+
+
+def one_array(student_xV, target_xV, real_xV):
+    return student_xV.argmax(-1)
+
+
+def trusted(log_u_BT, teacher_entropy_BT, mask_BT, *, divergence, nats=1.0):
+    """A divergence's reward where the teacher is decided."""
+    decided_BT = mask_BT & (teacher_entropy_BT < nats)
+    return jnp.where(decided_BT, token_reward(divergence, log_u_BT), 0.0)
+
+
 @pytest.fixture
 def own(monkeypatch):
     for table, function in (
         ("advantage", sharper),
-        ("advantage", soothsaying),
+        *(("advantage", f) for f in (soothsaying, circular, averaged, trusted)),
+        *(("baseline", number), ("gates", number), ("loss", total), ("support", one_array)),
         ("loss", between),
         ("loss", clairvoyant),
         ("credit", soothsaying),
@@ -295,8 +324,22 @@ def test_an_own_loss_brings_the_models_that_it_names(own):
     assert (made.weighs, made.teacher, made.reference, made.vocabulary) == (False, True, True, True)
 
 
+def test_an_own_advantage_of_a_divergence_is_learnt_from_as_it_is(own):
+    said = {"advantage": "trusted(nats=0.5)", "divergence": "jsd"}
+    (problem,) = checks.objective_problems(said)
+    assert re.search("'corrected' completes gopd's reward .*estimator = 'stop_gradient'", problem)
+    said["estimator"] = "stop_gradient"
+    assert checks.objective_problems(said) == []
+    q = quantities() | {"teacher_entropy_BT": jnp.where(MASK_BT, 0.4, 9.0).at[0].set(0.6)}
+    want_BT = np.where(MASK_BT, token_reward(DIVERGENCES["jsd"], q["log_u_BT"]), 0.0)
+    assert want_BT[0].any()
+    want_BT[0] = 0
+    np.testing.assert_allclose(build(**said).advantages(q)["advantage_BT"], want_BT, rtol=1e-6)
+
+
 UNKNOWN = [
-    ({"advantage": "soothsaying"}, "soothsaying", "future_BT", "token_reward_BT"),
+    ({"advantage": "soothsaying"}, "soothsaying", "future_BT", "log_u_BT"),
+    ({"advantage": "circular"}, "circular", "credit_BT", "log_u_BT"),
     ({"credit": "soothsaying"}, "soothsaying", "future_BT", "token_reward_BT"),
     ({"loss": "clairvoyant"}, "clairvoyant", "future_x", "student_xV"),
 ]
@@ -319,7 +362,15 @@ def test_an_own_entry_that_asks_for_what_no_step_computes_hears_what_there_is(
         ({"advantage": "sharper(sharp=2)"}, r"sharper has no \['sharp'\]; it has \['power'\]"),
         ({"advantage": "sharper(power=0)"}, r"'sharper\(power=0\)': power is 0; give one above 0"),
         ({"advantage": "blunt"}, r"there is no 'blunt'; there are \[.*'sharper'"),
-        ({"credit": "longer"}, r"objective.advantage, credit, baseline or task: "),
+        ({"credit": "longer"}, r"credit is 'longer': it returns the shape \(2, 4\), .* \(2, 3\)"),
+        ({"advantage": "averaged"}, r"advantage is 'averaged': it returns the shape \(1, 3\)"),
+        ({"baseline": "number"}, r"baseline is 'number': it returns the shape \(\)"),
+        ({"gates": ("number",)}, r"gates is 'number': it returns the shape \(\)"),
+        ({"loss": "total"}, r"loss is 'total': it returns the shape \(\)"),
+        (
+            {"loss": "exact", "support": "one_array"},
+            r"support is 'one_array': it returns the shapes \[\(3,\), \(3,\)\] for 5 ids",
+        ),
         ({"loss": "between"}, r"is 'between'; give it \['share'\]: 'between\(share=...\)'"),
     ],
 )

@@ -370,6 +370,10 @@ def said():
     for changes in rows:
         made = config(changes)
         found += [*method.find(made), *method.unused(made)]
+    with pytest.MonkeyPatch.context() as patch:  # an own entry that takes a divergence
+        patch.setitem(TABLES["advantage"], "own", lambda log_u_BT, mask_BT, *, divergence: log_u_BT)
+        changes = {"objective.advantage": "own", "objective.divergence": "jsd"}
+        found += method.find(config(changes))
     return found
 
 

@@ -12,6 +12,7 @@ from gopd_jax.objectives.credit import CREDITS
 from gopd_jax.objectives.gates import GATES
 from gopd_jax.objectives.importance import IMPORTANCE, REJECTIONS
 from gopd_jax.objectives.objective import (
+    EARNED,
     REWARDS,
     TABLES,
     Objective,
@@ -21,7 +22,7 @@ from gopd_jax.objectives.objective import (
     names,
     over_vocabulary,
 )
-from gopd_jax.spec import resolve
+from gopd_jax.spec import plain, resolve
 
 ESTIMATORS = ("corrected", "stop_gradient")
 B, T, V = 2, 3, 5  # of the dry run
@@ -95,7 +96,7 @@ def _dry_run(made: Objective, said: dict) -> Iterator[str]:
         **{name: row[:, 0] for name in REWARDS},
         "bootstrap_B": row[:, 0],
         "step": np.int32(0),
-        **{name: row for name in ("log_u_BT", "token_reward_BT", "credit_BT", "advantage_BT")},
+        **{name: row for name in ("log_u_BT", *EARNED)},
     }
     over_V = np.full((B, T, V), -math.log(V), np.float32)
     some = {name: row for entry in _losses(made) for name in names(entry)}
@@ -106,29 +107,22 @@ def _dry_run(made: Objective, said: dict) -> Iterator[str]:
     of_rows += ("advantage", "credit", "baseline", "task") if made.weighs else ()
     entries = {key: _listed(getattr(made, key)) for key in (*of_rows, "loss", "regularizers")}
     runs = [
-        ("divergence", 0, (made.divergence, row, row)),
-        ("lam_schedule", 0, (made.lam_at, np.int32(0))),
-        ("support", 0, (made.support, over_V, over_V, over_V < 1)),
-        ("reduction", 0, (made.reduction, row > -1)),
+        ("divergence", 0, (_of_shape(made.divergence), row, row)),
+        ("lam_schedule", 0, (_of_shape(made.lam_at, ()), np.int32(0))),
+        ("support", 0, (_supported(made.support), over_V, over_V, over_V < 1)),
+        ("reduction", 0, (_of_shape(made.reduction), row > -1)),
     ]
     for key, functions in entries.items():
         fed_with = some if key in ("loss", "regularizers") else whole
-        runs += [(key, i, (functools.partial(fed, f), fed_with)) for i, f in enumerate(functions)]
+        runs += [(key, i, (_of_tokens(f), fed_with)) for i, f in enumerate(functions)]
     if made.veto is not None:
-        runs.append(("veto", 0, (functools.partial(fed, made.vetoes), whole)))
+        runs.append(("veto", 0, (_of_tokens(made.vetoes), whole)))
     errors = [(key, i, error) for key, i, run in runs if (error := _error(*run)) is not None]
     of_divergence = [error for key, _, error in errors if key == "divergence"]
     for key, i, error in errors:
         # A divergence of impossible options is that of the advantage and of the loss, too.
         if key == "divergence" or error not in of_divergence:
             yield f"objective.{key} is {_listed(said[key])[i]!r}: {error}"
-    if errors:
-        return
-    both = [("gates, importance or rejection", made.weights)]
-    both += [("advantage, credit, baseline or task", made.advantages)] if made.weighs else []
-    for keys, run in both:  # entries that each run and do not fit together
-        if (error := _error(run, whole)) is not None:
-            yield f"objective.{keys}: {error}"
 
 
 def _error(run, *quantities) -> str | None:
@@ -137,6 +131,40 @@ def _error(run, *quantities) -> str | None:
     except (ValueError, TypeError) as error:
         return str(error)
     return None
+
+
+def _of_shape(function, shape=(B, T)):
+    """The function, and ValueError where what it returns has another shape: it would broadcast."""
+
+    def run(*quantities):
+        found = np.shape(function(*quantities))
+        if found != shape:
+            raise ValueError(
+                f"it returns the shape {found}, and of {B} rows of {T} tokens it has to return "
+                f"{shape}"
+            )
+
+    return run
+
+
+def _of_tokens(function):
+    return _of_shape(functools.partial(fed, function))
+
+
+def _supported(support):
+    """As `_of_shape`: ids and whether they are valid, for each position, or None."""
+
+    def run(*quantities):
+        if (chosen := support(*quantities)) is None:
+            return
+        shapes = [np.shape(x) for x in chosen]
+        if len(shapes) != 2 or shapes[0] != shapes[1] or shapes[0][:-1] != (B, T):
+            raise ValueError(
+                f"it returns the shapes {shapes} for {V} ids at {B} x {T} positions; return "
+                "(ids_xS, valid_xS), both [..., S], or None for every id"
+            )
+
+    return run
 
 
 def _listed(entries) -> tuple:
@@ -191,7 +219,7 @@ def _without_effect(made: Objective, said: dict) -> Iterator[str]:
 
 def _exclude(made: Objective, said: dict) -> Iterator[str]:
     """Choices that contradict each other."""
-    importance, rejection = (_plain(e) for e in (made.importance, made.rejection))
+    importance, rejection = (plain(e) for e in (made.importance, made.rejection))
     if importance is IMPORTANCE["sequence"] and rejection is REJECTIONS["token"]:
         yield (
             "objective.importance weighs whole sequences and objective.rejection takes single "
@@ -213,10 +241,13 @@ def _exclude(made: Objective, said: dict) -> Iterator[str]:
             f"objective.advantage = {said['advantage']!r} gives each of them what the whole row "
             "earns, so it would count once for every later token; use credit = 'immediate'"
         )
-    if GATES["agree"] in map(_plain, made.gates) and over_vocabulary(made.loss):
+    of_advantage = made.weighs and "divergence" in inspect.signature(made.advantage).parameters
+    plus = said["estimator"] == "corrected" and said["divergence"] != "reverse_kl"
+    if plus and of_advantage and not made.corrected:
+        yield (
+            f"objective.estimator = 'corrected' completes gopd's reward and objective.advantage is "
+            f"{said['advantage']!r}; set estimator = 'stop_gradient', and let the entry itself "
+            "return what its reward's gradient lacks (divergences.corrected)"
+        )
+    if GATES["agree"] in map(plain, made.gates) and over_vocabulary(made.loss):
         yield "objective.gates has agree, which takes the sign of an advantage; use a sampled loss"
-
-
-def _plain(entry):
-    """An entry of a table without the options that are bound to it."""
-    return getattr(entry, "func", entry)

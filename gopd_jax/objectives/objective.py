@@ -26,7 +26,7 @@ from gopd_jax.objectives.reductions import REDUCTIONS
 from gopd_jax.objectives.regularizers import REGULARIZERS
 from gopd_jax.objectives.supports import MASSES, SUPPORTS
 from gopd_jax.objectives.targets import SCHEDULES
-from gopd_jax.spec import options_of, resolve
+from gopd_jax.spec import plain, resolve
 
 # Setting -> the table that its string chooses from; a tuple of strings in gates, regularizers.
 TABLES = {
@@ -166,8 +166,8 @@ class Objective:
         if self.switches or (self.mixture == "log" and self.ratio_cap is not None):
             return self.teacher  # a cap and a sign move with that constant
         indifferent = {LOSSES["k1"], LOSSES["k2"]}
-        plain = self.divergence is DIVERGENCES["reverse_kl"] and self.log_u_clip is None
-        if plain and getattr(self.advantage, "func", None) is ADVANTAGES["gopd"]:
+        linear = self.divergence is DIVERGENCES["reverse_kl"] and self.log_u_clip is None
+        if linear and plain(self.advantage) is ADVANTAGES["gopd"]:
             indifferent |= {self.advantage}
         used = [*self.losses, *self.gates]
         used += [self.advantage, self.credit, self.baseline, self.task] if self.weighs else []
@@ -300,8 +300,10 @@ def build(
 
     of = entry("divergence", divergence)
     rewarded = entry("advantage", advantage)
-    if "divergence" in inspect.signature(rewarded).parameters:
-        rewarded = functools.partial(rewarded, divergence=of, clip=log_u_clip)
+    own = {"divergence": of, "clip": log_u_clip}  # what settings of their own give
+    asked = inspect.signature(rewarded).parameters
+    if bound := {key: value for key, value in own.items() if key in asked}:
+        rewarded = functools.partial(rewarded, **bound)
     learnt = entry("loss", loss)
     if "divergence" in inspect.signature(learnt).parameters:
         learnt = functools.partial(learnt, divergence=of)
@@ -309,7 +311,7 @@ def build(
         advantage=rewarded,
         divergence=of,
         corrected=estimator == "corrected"
-        and "divergence" in options_of(rewarded)
+        and plain(rewarded) is ADVANTAGES["gopd"]  # whose reward is -f(u) and no other
         and of is not DIVERGENCES["reverse_kl"],  # of which it is 0
         lam=lam,
         lam_schedule=entry("lam_schedule", lam_schedule),
@@ -333,9 +335,14 @@ def build(
         mixture=mixture,
         formula="",
     )
-    of_rows = (made.advantage, made.credit, made.baseline, made.task)
-    for function in (*of_rows, *made.gates, made.importance, made.rejection):
-        _check_names(function, ROWS)
+    for functions, later in (
+        ((made.advantage, made.task), EARNED),
+        ((made.credit,), EARNED - {"token_reward_BT"}),
+        ((made.baseline,), {"advantage_BT"}),
+        ((*made.gates, made.importance, made.rejection), set()),
+    ):
+        for function in functions:
+            _check_names(function, ROWS - later)
     for function in made.losses:
         _check_names(function, POSITIONS)
     return dataclasses.replace(made, formula=formula.of(made, said, estimator))
@@ -343,7 +350,7 @@ def build(
 
 def _check_names(function: Callable | None, known: set[str]) -> None:
     if function is not None and (unknown := set(names(function)) - known):
-        name = getattr(function, "func", function).__name__
+        name = plain(function).__name__
         raise ValueError(
             f"{name} asks for {sorted(unknown)}, which no step computes; its positional parameters "
             f"are among {sorted(known)}, and options are keyword-only"
