@@ -3,10 +3,11 @@
 import json
 import time
 
+import numpy as np
 import pytest
 
 from gopd_jax.types import Record
-from gopd_jax.verifiers import VERIFIERS, close, verify
+from gopd_jax.verifiers import VERIFIERS, Verdict, close, verify
 from gopd_jax.verifiers.code import code, same, source
 
 SUM = {"entry": "f", "tests": [{"args": [[1, 2, 3]], "want": 6}, {"args": [[]], "want": 0}]}
@@ -52,6 +53,30 @@ def test_unknown_verifier_names_the_known_ones_and_the_record():
     with pytest.raises(ValueError, match=r"memory:1.*'proof'.*code.*math.*text"):
         verify(["x"], [record("proof", "x")])
     assert list(VERIFIERS) == ["math", "code", "text"]
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ([Verdict(7.5, "sure")], "'own' gives 7.5 to a completion for memory:1; .* from 0 to 1"),
+        ([Verdict(-0.1, "no")], "gives -0.1 "),
+        ([Verdict(float("nan"), "what")], "gives nan "),
+        ([Verdict("1", "text")], "gives '1' "),
+        (
+            [True],
+            r"'own' says True of a completion for memory:1; return a Verdict\(score, reason\)",
+        ),
+        ([], "'own' returns 0 verdicts for 1 completions"),
+        ([Verdict(1.0, "a"), Verdict(1.0, "b")], "returns 2 verdicts for 1 completions"),
+    ],
+)
+def test_what_is_no_verdict_is_an_error_that_names_the_verifier(monkeypatch, said, words):
+    monkeypatch.setitem(VERIFIERS, "own", lambda completions, records: said)
+    with pytest.raises(ValueError, match=words):
+        verify(["x"], [record("own", "x")])
+    fine = [Verdict(np.float32(0.5), "half")]
+    monkeypatch.setitem(VERIFIERS, "own", lambda completions, records: iter(fine))
+    assert verify(["x"], [record("own", "x")]) == fine
 
 
 def test_lists_of_different_lengths_and_malformed_answers_are_errors():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 
 from gopd_jax.spec import resolve, table
 from gopd_jax.types import Record
@@ -21,8 +22,8 @@ def verify(completions: Sequence[str], records: Sequence[Record]) -> list[Verdic
     """The verdict on each completion by its record's verifier, in order.
 
     record.verifier is "name" or "name(key=value)" with a name of VERIFIERS. ValueError for an
-    unknown name, a malformed answer, or lists of different lengths; no completion raises. Safe to
-    call from several threads.
+    unknown name, a malformed answer, lists of different lengths, or what is no verdict: a score has
+    to be from 0 to 1. No completion raises. Safe to call from several threads.
     """
     if len(completions) != len(records):
         raise ValueError(f"{len(completions)} completions and {len(records)} records; give pairs")
@@ -37,6 +38,26 @@ def verify(completions: Sequence[str], records: Sequence[Record]) -> list[Verdic
             raise ValueError(f"verifier of {records[rows[0]].source}: {error}") from error
     verdicts: dict[int, Verdict] = {}
     for spec, rows in rows_of.items():
-        judged = judges[spec]([completions[r] for r in rows], [records[r] for r in rows])
-        verdicts.update(zip(rows, judged, strict=True))
+        judged = [*judges[spec]([completions[r] for r in rows], [records[r] for r in rows])]
+        if len(judged) != len(rows):
+            raise ValueError(
+                f"verifier {spec!r} returns {len(judged)} verdicts for {len(rows)} completions"
+            )
+        for row, verdict in zip(rows, judged):
+            _check(verdict, spec, records[row])
+            verdicts[row] = verdict
     return [verdicts[row] for row in range(len(records))]
+
+
+def _check(verdict, spec: str, record: Record) -> None:
+    """A score that is not a number stops all learning, one above 1 is an accuracy above 100 %."""
+    if not isinstance(verdict, Verdict):
+        raise ValueError(
+            f"verifier {spec!r} says {verdict!r:.60} of a completion for {record.source}; return a "
+            "Verdict(score, reason) for each"
+        )
+    if not isinstance(verdict.score, Real) or not 0 <= verdict.score <= 1:
+        raise ValueError(
+            f"verifier {spec!r} gives {verdict.score!r} to a completion for {record.source}; a "
+            "score is a number from 0 to 1"
+        )
