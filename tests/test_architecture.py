@@ -71,7 +71,7 @@ def test_the_contracts_take_an_example_up_unedited(tree, name):
 
 @pytest.mark.parametrize(
     ("name", "slip"),
-    [("symmetric_chi2", ("return 2", "return -2")), ("confident", ("mask_BT & (", "("))],
+    [("symmetric_chi2", ("+ neyman", "- neyman")), ("confident", ("mask_BT & (", "("))],
 )
 def test_the_contracts_notice_an_example_with_a_slip(tree, name, slip):
     function, _ = example(name)

@@ -170,6 +170,7 @@ def test_the_corrected_advantage_is_zero_at_one_and_grows_with_u(divergence):
     assert corrected(divergence, jnp.zeros(())) == 0
     assert correction(divergence, jnp.zeros(())) == 0
     wide = np.asarray(corrected(divergence, WIDE), np.float64)
+    assert not np.isnan(wide).any()
     wide = wide[np.isfinite(wide)]
     # exp of a number near 80 is known to 1e-5 of itself.
     assert (np.diff(wide) >= -1e-5 * np.abs(wide[1:])).all()
@@ -187,6 +188,17 @@ def test_reward_and_correction_add_up_to_the_corrected_advantage(divergence):
     smooth = np.abs(r) > 2 * h
     gap, size = gap[smooth], np.abs(up[smooth]).clip(1)
     close((gap - np.median(gap)) / size, 0, 3e-4)
+
+
+@EVERY
+def test_ids_of_hardly_any_probability_are_numbers(divergence):
+    # One NaN among a vocabulary's ids is a NaN of the whole loss. Ids of probability 0 come last.
+    low = np.array([-90.0, -110.0, -200.0, -1e4, -2e4], np.float32)
+    log_s, log_t = (x.ravel() for x in np.meshgrid(low, low))
+    value, grads = jax.vmap(jax.value_and_grad(divergence, (0, 1)))(log_s, log_t)
+    for x in (value, *grads):
+        assert not np.isnan(x).any()
+        assert not np.asarray(x)[log_s == log_t].any()
 
 
 @EVERY

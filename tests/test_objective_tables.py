@@ -1,5 +1,7 @@
 """Contracts of every entry of the objectives' tables, which is fed by its parameters' names."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -155,6 +157,51 @@ def test_means_are_blind_to_the_row_itself(entry):
     got_BT = fed(entry, other)
     close(got_BT[1], want_BT[1], 2e-6)
     assert np.abs(got_BT[0] - want_BT[0]).min() > 0.5
+
+
+def moved(quantities, b, t, names=None):
+    """The quantities with other numbers at [b, t]: in `names`, or in everything real."""
+    return {
+        name: x.at[b, t].add(0.7)
+        if x.ndim == 2 and x.dtype == jnp.float32 and (names is None or name in names)
+        else x
+        for name, x in quantities.items()
+    }
+
+
+@pytest.mark.parametrize("entry", entries(BASELINES))
+def test_no_baseline_depends_on_what_the_token_itself_earns(entry):
+    quantities = of_rows(np.ones((4, 5), bool))
+    want_BT = fed(entry, quantities)
+    got_BT = fed(entry, moved(quantities, 1, 2, {"credit_BT", "token_reward_BT"}))
+    close(got_BT[1, 2], want_BT[1, 2], 2e-6)
+
+
+@pytest.mark.parametrize("entry", entries(CREDITS))
+def test_credit_is_of_the_tokens_own_reward_and_of_later_ones(entry):
+    quantities = of_rows(np.ones((4, 5), bool))
+    want_BT = fed(entry, quantities)
+    change_BT = fed(entry, moved(quantities, 1, 2, {"token_reward_BT"})) - want_BT
+    close(change_BT[1, 3:], 0, 2e-6)
+    close(change_BT[1, 2], 0.7, 2e-6)
+    assert (np.asarray(change_BT[1, :2]) >= -2e-6).all()
+
+
+@pytest.mark.parametrize("entry", entries(ADVANTAGES, GATES))
+def test_a_tokens_reward_and_gate_do_not_read_what_comes_later(entry):
+    quantities = of_rows(np.ones((4, 5), bool))
+    want_BT = fed(entry, quantities)
+    for t in range(1, 5):
+        np.testing.assert_array_equal(fed(entry, moved(quantities, 1, t))[:, :t], want_BT[:, :t])
+
+
+@OF_ROWS
+def test_an_entry_that_compares_rows_asks_for_the_whole_batch(entry):
+    if {"group_B", "credit_BT"} & {*inspect.signature(entry).parameters}:
+        return  # `Objective.prescored`
+    quantities, rows = of_rows(RAGGED_BT), slice(1, 3)
+    some = {name: x[rows] if x.ndim else x for name, x in quantities.items()}
+    close(fed(entry, some), fed(entry, quantities)[rows], 2e-6)
 
 
 @pytest.mark.parametrize("entry", entries(REDUCTIONS))
