@@ -83,16 +83,25 @@ def hold(workdir) -> Held | None:
 
 
 def rows_lost(workdir, step: int) -> str | None:
-    """What to say where metrics.jsonl lacks rows of steps up to `step`.
+    """What to say of rows that files of a run at `step` lack.
 
-    ValueError where a file of rows is damaged otherwise than by a kill.
+    Those of evaluations but the first are not missed: how often a run evaluates may have changed.
+    ValueError where a file is damaged otherwise than by a kill.
     """
     rows = {name: metrics.read_rows(Path(workdir) / name) for name in metrics.ROWS}
-    lost = sorted(set(range(1, step + 1)) - {row.get("step") for row in rows[metrics.METRICS]})
-    if not lost:
+    told, steps = [], range(1, step + 1)
+    for name in (metrics.METRICS, metrics.TIMING):
+        found = [row.get("step") for row in rows[name]]
+        if len(found) > len({*found}):
+            twice = next(n for n in found if found.count(n) > 1)
+            raise ValueError(f"{Path(workdir) / name} has two rows of step {twice}; delete one")
+        if lost := sorted({*steps} - {*found}):
+            first = ", ".join(map(str, lost[:4])) + (" ..." if len(lost) > 4 else "")
+            told.append(f"{name} lacks the rows of {len(lost)} of {step} steps ({first})")
+    for name in (metrics.EVALUATION, metrics.SAMPLES):
+        before = ((row.get("model"), row.get("step")) == ("student", 0) for row in rows[name])
+        if step and not any(before):
+            told.append(f"{name} lacks what the student was before the first step")
+    if not told:
         return None
-    first = ", ".join(map(str, lost[:4])) + (" ..." if len(lost) > 4 else "")
-    return (
-        f"warning: {metrics.METRICS} lacks the rows of {len(lost)} of {step} steps ({first}): what "
-        "is told of this run, its report too, is without them"
-    )
+    return f"warning: {', '.join(told)}: what is told of this run, its report too, is without them"

@@ -115,10 +115,45 @@ def test_only_the_first_process_holds_and_all_refuse_together(tmp_path, monkeypa
     ],
 )
 def test_rows_that_are_lost_are_told(tmp_path, steps, said):
-    rows = "".join(json.dumps({"step": n}) + "\n" for n in steps)
-    (tmp_path / "metrics.jsonl").write_text(rows)
+    whole(tmp_path)
+    put(tmp_path / "metrics.jsonl", [{"step": n} for n in steps])
     found = workdir.rows_lost(tmp_path, 3)
-    assert found is None if said is None else said in found
+    assert found is None if said is None else f"metrics.jsonl {said}" in found
+
+
+def put(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def whole(path):
+    """What a run of three steps has written."""
+    for name in ("metrics.jsonl", "timing.jsonl"):
+        put(path / name, [{"step": n} for n in (1, 2, 3)])
+    for name in ("evaluation.jsonl", "samples.jsonl"):
+        rows = [(0, "teacher:math"), (0, "student"), (3, "student")]
+        put(path / name, [{"step": n, "model": model} for n, model in rows])
+
+
+@pytest.mark.parametrize("name", workdir.metrics.ROWS)
+def test_a_file_that_is_gone_or_cut_short_is_told(tmp_path, name):
+    whole(tmp_path)
+    assert workdir.rows_lost(tmp_path, 3) is None
+    lines = (tmp_path / name).read_text().splitlines(keepends=True)
+    (tmp_path / name).write_text(lines[0])
+    cut = workdir.rows_lost(tmp_path, 3)
+    assert cut.startswith(f"warning: {name} lacks ")
+    (tmp_path / name).unlink()
+    gone = workdir.rows_lost(tmp_path, 3)
+    assert gone.startswith(f"warning: {name} lacks ")
+    assert workdir.rows_lost(tmp_path / "new", 0) is None
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "timing.jsonl"])
+def test_a_step_that_is_there_twice_is_an_error(tmp_path, name):
+    whole(tmp_path)
+    put(tmp_path / name, [{"step": n} for n in (1, 2, 2, 3)])
+    with pytest.raises(ValueError, match=f"{name} has two rows of step 2; delete one"):
+        workdir.rows_lost(tmp_path, 3)
 
 
 @pytest.mark.parametrize("name", workdir.metrics.ROWS)
