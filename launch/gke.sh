@@ -53,9 +53,9 @@ case $kind in
   v5p) accelerator=tpu-v5p-slice ;;
   v6e) accelerator=tpu-v6e-slice ;;
 esac
-read_workdir "$@"
+# Whether FILE is there is not known here: it is a file of the image, or of the claim.
+read_flags "$@"
 [[ $workdir == /shared/?* ]] || usage "give --config.workdir=/shared/DIR, which outlives the pods"
-((slices == 1)) || set -- "$@" "--config.mesh.slices=$slices"
 
 fill='import json, string, sys
 template, n, *rest = sys.argv[1:]
@@ -66,7 +66,7 @@ words=(
   "name=$name" "queue=$queue" "restarts=$restarts" "slices=$slices" "hosts=$((chips / per_host))"
   "chips=$per_host" "accelerator=$accelerator" "topology=$topology" "image=$image" "claim=$claim"
 )
-manifest=$("$python" -c "$fill" "$here/gke_jobset.yaml" "${#words[@]}" "${words[@]}" "$@")
+manifest=$("$python" -c "$fill" "$here/gke_jobset.yaml" "${#words[@]}" "${words[@]}" "${flags[@]}")
 if [[ $dry ]]; then
   echo "$manifest"
 else

@@ -14,8 +14,9 @@
 #   --dry-run                       print the commands of an undisturbed run, do nothing
 #
 # KIND:SHAPE is that of gopd_jax.plan: v5e:4x4, or 2xv5e:4x4 for two slices. Creates NAME where it
-# is not there, copies this tree, installs, and runs gopd_jax.main --distributed on all workers.
-# When the slices are taken away they are asked for again and the same command continues from its
+# is not there, copies gopd_jax and configs of this tree, installs, and runs gopd_jax.main
+# --distributed on all workers. FILE is one of those copied, named from the top of the tree. When
+# the slices are taken away they are asked for again and the same command continues from its
 # checkpoints, so DIR has to outlive them. SIGTERM and Ctrl-C are passed on: the run saves and
 # stops, the slices stay. The status is the run's.
 set -euo pipefail
@@ -46,12 +47,15 @@ case $kind in
   v5p) type=v5p-$((2 * chips)) default=v2-alpha-tpuv5 ;; # its name counts cores
   v6e) type=v6e-$chips default=v2-alpha-tpuv6e ;;
 esac
-flags=("$@")
-read_workdir "${flags[@]}"
+read_flags "$@"
+# Looked for by its name among what is sent: a link, or a path with .., leads elsewhere there.
+packed=(gopd_jax configs requirements.txt)
+(cd "$root" && find "${packed[@]}" -type f) | grep -Fx -- "${preset#./}" >/dev/null ||
+  usage "$preset is no file of $root that the workers get; they get ${packed[*]}"
 [[ $workdir == /* ]] ||
   usage "give --config.workdir=/DIR, shared by the workers and kept without them"
 if ((slices > 1)); then
-  flags+=("--config.mesh.slices=$slices") extra+=("--node-count=$slices")
+  extra+=("--node-count=$slices")
 else
   extra+=("--node-id=$name")
 fi
@@ -97,7 +101,7 @@ wait_until_active() { # 1: it failed or was taken away first
 install() { # in chains: errexit does not hold where the status of a function is asked for
   local tree=tree.tar.gz status=0
   [[ $dry ]] || tree=$(mktemp --suffix=.tar.gz)
-  act tar -C "$root" --exclude=__pycache__ -czf "$tree" gopd_jax configs requirements.txt &&
+  act tar -C "$root" --exclude=__pycache__ -czf "$tree" "${packed[@]}" &&
     act gcloud compute tpus queued-resources scp "$tree" "$name:tree.tar.gz" "${where[@]}" \
       --node=all --worker=all --batch-size=all || status=$?
   [[ $dry ]] || rm "$tree"

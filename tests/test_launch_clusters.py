@@ -40,7 +40,7 @@ def manifest(there, *arguments):
 def test_a_jobset_has_a_pod_for_each_host_and_a_replica_for_each_slice(
     there, slices, options, n, hosts, per_host, selected
 ):
-    made = manifest(there, *options, "opd", slices, "--", WORKDIR, *FLAGS)
+    made = manifest(there, *options, "opd", slices, "--", *FLAGS, WORKDIR)
     assert (made["apiVersion"], made["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
     (slice_job,) = made["spec"]["replicatedJobs"]
     job = slice_job["template"]["spec"]
@@ -55,13 +55,13 @@ def test_a_jobset_has_a_pod_for_each_host_and_a_replica_for_each_slice(
     (container,) = pod["containers"]
     assert container["resources"]["limits"] == {"google.com/tpu": per_host}
     assert n * hosts * per_host == chips.n_devices(slices)
-    one_slice = ["--distributed", WORKDIR, *FLAGS]
+    one_slice = ["--distributed", *FLAGS, WORKDIR]
     assert container["args"] == one_slice + ["--config.mesh.slices=2"] * (n == 2)
     assert not any("MEGASCALE" in e["name"] for e in container["env"])  # they are GKE's to set
 
 
 def test_a_jobset_starts_again_after_all_but_wrong_input(there):
-    made = manifest(there, "--restarts=7", "opd", "v5e:4x4", "--", WORKDIR, *FLAGS)
+    made = manifest(there, "--restarts=7", "opd", "v5e:4x4", "--", *FLAGS, WORKDIR)
     policy = made["spec"]["failurePolicy"]
     assert policy["maxRestarts"] == 7
     assert [rule["action"] for rule in policy["rules"]] == ["FailJobSet"]
@@ -77,7 +77,7 @@ def test_a_jobset_starts_again_after_all_but_wrong_input(there):
 
 
 def test_checkpoints_and_compiled_programs_of_a_jobset_lie_on_the_claim(there):
-    made = manifest(there, "opd", "v5e:4x4", "--", WORKDIR, *FLAGS)
+    made = manifest(there, "opd", "v5e:4x4", "--", *FLAGS, WORKDIR)
     pod = made["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
     (container,) = pod["containers"]
     assert pod["volumes"] == [{"name": "shared", "persistentVolumeClaim": {"claimName": "disk"}}]
@@ -92,8 +92,8 @@ def test_checkpoints_and_compiled_programs_of_a_jobset_lie_on_the_claim(there):
 
 
 def test_kubectl_is_given_what_a_dry_run_prints(there):
-    shown = run(there, *GKE, "--dry-run", "opd", "v5e:4x4", "--", WORKDIR, *FLAGS).stdout
-    assert run(there, *GKE, "opd", "v5e:4x4", "--", WORKDIR, *FLAGS).returncode == 0
+    shown = run(there, *GKE, "--dry-run", "opd", "v5e:4x4", "--", *FLAGS, WORKDIR).stdout
+    assert run(there, *GKE, "opd", "v5e:4x4", "--", *FLAGS, WORKDIR).returncode == 0
     ((_, words, text, _),) = asked(there)
     assert words == ["apply", "-f", "-"]
     assert text == shown
@@ -122,12 +122,12 @@ def test_the_job_asks_for_a_task_a_gpu_a_warning_and_to_be_requeued():
 
 
 def test_srun_starts_the_run_with_the_flags_as_they_were_given(there):
-    done = run(there, "slurm.sbatch", WORKDIR, *FLAGS, fate="0", **JOB)
+    done = run(there, "slurm.sbatch", *FLAGS, WORKDIR, fate="0", **JOB)
     assert done.returncode == 0, done.stderr
     ((_, words, _, said),) = asked(there)
     python = words.index(sys.executable)
     assert words[python:] == [
-        *(sys.executable, "-m", "gopd_jax.main", WORKDIR, *FLAGS, "--distributed")
+        *(sys.executable, "-m", "gopd_jax.main", *FLAGS, WORKDIR, "--distributed")
     ]
     assert {"--kill-on-bad-exit=1", "--gpu-bind=none"} < {*words[:python]}
     assert said["JAX_COMPILATION_CACHE_DIR"] == f"{there}/.cache/gopd_jax/xla"  # as main's own
@@ -136,10 +136,17 @@ def test_srun_starts_the_run_with_the_flags_as_they_were_given(there):
 
 
 def test_a_dry_run_of_the_job_prints_what_srun_would_be_given(there):
-    shown = run(there, "slurm.sbatch", "--dry-run", WORKDIR, *FLAGS)
+    shown = run(there, "slurm.sbatch", "--dry-run", *FLAGS, WORKDIR)
     assert asked(there) == []
-    run(there, "slurm.sbatch", WORKDIR, *FLAGS, fate="0", **JOB)
+    run(there, "slurm.sbatch", *FLAGS, WORKDIR, fate="0", **JOB)
     assert shlex.split(shown.stdout) == ["srun", *asked(there)[0][1]]
+
+
+@pytest.mark.parametrize("preset", [["-config=configs/opd.py"], ["--config", "configs/opd.py"]])
+def test_a_job_takes_a_preset_as_main_does(there, preset):
+    shown = run(there, "slurm.sbatch", "--dry-run", *preset, WORKDIR)
+    assert shown.returncode == 0, shown.stderr
+    assert [*preset, WORKDIR, "--distributed"] == shlex.split(shown.stdout)[-len(preset) - 2 :]
 
 
 def test_gpus_that_no_task_would_have_are_refused(there):
