@@ -31,5 +31,6 @@ def get_config(arg: str | None = None) -> Config:
         c.data.train, c.data.test = f"microworld:train:{task}", f"microworld:test:{task}"
         c.teachers = {task: c.teachers[task]}
     c.objective.advantage = "grpo"
+    c.diagnostics.every = None  # no target to compare with
     c.batch.prompts, c.batch.rollouts, c.batch.microbatches = 32, 8, 16
     return preset.tiny(c) if "tiny" in words else c

@@ -112,6 +112,20 @@ def parse(name: str) -> tuple[int, str, tuple[int, ...]]:
     return slices, kind, shape
 
 
+def require_slices(name: str, slices: int) -> None:
+    """ValueError where an emulated topology has another number of slices than mesh.slices.
+
+    Of TPUs the devices know it themselves.
+    """
+    named, kind, shape = parse(name)
+    if kind == "cpu" and named != slices:
+        own = f"cpu:{shape[0]}" if named > 1 else f"{slices}xcpu:{max(shape[0] // slices, 1)}"
+        raise ValueError(
+            f"--topology={name} is of {named} slices and mesh.slices is {slices}; set "
+            f"--config.mesh.slices={named}, or name another topology: {own}"
+        )
+
+
 def n_devices(name: str) -> int:
     """Devices of a topology by its name, of all its slices."""
     slices, _, shape = parse(name)

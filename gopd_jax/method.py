@@ -290,6 +290,36 @@ def unused(config) -> Iterator[str]:
             f"sampling.lag = {c.sampling.lag} is not corrected: objective.importance and rejection "
             "are 'none'"
         )
+    yield from _futile(c, o, made)
+
+
+def _futile(c, o, made) -> Iterator[str]:
+    """Choices of an objective that change nothing, or that nothing makes right."""
+    if c.diagnostics.every is not None and not made.teacher:
+        yield (
+            f"diagnostics.every = {c.diagnostics.every} has no effect: they compare with a "
+            "teacher, and this objective has none"
+        )
+    if o.estimator == "stop_gradient" and made.divergence is objective.DIVERGENCES["reverse_kl"]:
+        yield "objective.estimator = 'stop_gradient' has no effect: reverse KL's correction is 0"
+    scheduled = made.teacher and made.lam_schedule is not objective.SCHEDULES["constant"]
+    still = o.lam == 1 and not (o.lam_by_row or o.task_lam)
+    if scheduled and still and made.lam_schedule(0, 1.0) == 1:
+        yield (
+            f"objective.lam_schedule = {o.lam_schedule!r} goes from 1 to objective.lam = 1, and "
+            "the reference is scored for it; raise lam, or leave the schedule out"
+        )
+    if made.loss is objective.LOSSES["k1"]:
+        yield (
+            "objective.loss = 'k1' is KL's value as a sample, whose gradient is zero on average; "
+            "to descend it use 'policy_gradient', 'k2' or 'exact'"
+        )
+    again = c.batch.updates * c.batch.epochs
+    if again > 1 and made.loss is objective.LOSSES["policy_gradient"] and o.source == "student":
+        yield (
+            f"batch.updates * batch.epochs = {again}, and objective.loss = 'policy_gradient' takes "
+            "the later ones for on-policy; 'ppo' corrects them"
+        )
 
 
 def _uses_reward(made, key: str) -> bool:

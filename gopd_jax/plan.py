@@ -71,6 +71,7 @@ def plan(
     """
     if not 0 < mfu <= 1:
         raise ValueError(f"--mfu is {mfu}; it is above 0 and at most 1")
+    chips.require_slices(topology.name, config.mesh.slices)
     run = abstract.prepare(config, topology.devices)
     names = phases.possible(run, names)
     found = []
@@ -283,8 +284,13 @@ def main(argv):
     try:
         if TOPOLOGY.value is None:
             raise ValueError(f"--topology has to be given; {chips.FORM}")
+        if PHASE.value == []:
+            raise ValueError(f"--phase names none; the phases are {list(PHASES)}")
         if unknown := [name for name in PHASE.value or () if name not in PHASES]:
             raise ValueError(f"--phase has {unknown}; the phases are {list(PHASES)}")
+        if JSON.value:  # before minutes of compiling for it
+            with Path(JSON.value).open("a"):
+                pass
         chips.without_accelerator(TOPOLOGY.value)
         topology = chips.topology(TOPOLOGY.value)
         told, fits = (_search if SEARCH.value else _plan)(CONFIG.value, topology, say)
@@ -294,9 +300,7 @@ def main(argv):
         say(f"the compiler failed on the phase above, which is no verdict: {str(error).strip()}")
         sys.exit(COMPILER_FAILED)
     if JSON.value:
-        file = Path(JSON.value)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(told, indent=2) + "\n")
+        Path(JSON.value).write_text(json.dumps(told, indent=2) + "\n")
     sys.exit(0 if fits else DOES_NOT_FIT)
 
 

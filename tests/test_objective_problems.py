@@ -317,6 +317,17 @@ NOTED = [
     ),
     ({"sampling.lag": 2}, "sampling.lag = 2 is not corrected"),
     ({"sampling.slots": 4096}, "sampling.slots = 4096 has no effect: a step samples 256 rows"),
+    (
+        {"objective.advantage": "grpo", "batch.rollouts": 8, "diagnostics.every": 5},
+        "diagnostics.every = 5 has no effect: they compare with a teacher",
+    ),
+    ({"objective.estimator": "stop_gradient"}, "'stop_gradient' has no effect: reverse KL's"),
+    (
+        {"objective.lam_schedule": "linear(steps=9)", "reference": Model()},
+        "goes from 1 to objective.lam = 1, and the",
+    ),
+    ({"objective.loss": "k1"}, "'k1' is KL's value .* gradient is zero on average; to descend"),
+    ({"batch.epochs": 4}, r"updates \* batch.epochs = 4, and .* 'ppo' corrects them"),
     ({"objective.mixture": "log"}, "mixture = 'log' has no effect: no task has several teachers"),
     *(
         (DATA | {f"objective.{key}": value}, f"{key} = .* has no effect in .* 'imitation'")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -129,6 +130,24 @@ def test_a_search_without_a_limit_is_refused_with_status_2():
     done = command("--config=configs/exopd.py:tiny", "--topology=cpu:4", "--search")
     assert done.returncode == 2
     assert "cpu:4 has no limit that is known; give a slice: --topology=v5e:4x4" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flag", "says"),
+    [
+        ("--phase=", "--phase names none; the phases are"),
+        ("--json={tmp_path}", "Is a directory: '{tmp_path}'"),
+        ("--json={tmp_path}/no/plan.json", "No such file or directory: '{tmp_path}/no/plan.json'"),
+        ("--topology=2xcpu:2", "2xcpu:2 is of 2 slices and mesh.slices is 1; set --config.mesh.sl"),
+        ("--config.mesh.slices=2", "cpu:4 is of 1 slices and mesh.slices is 2; .* name .* 2xcpu:2"),
+    ],
+)
+def test_what_would_be_noticed_after_minutes_is_refused_at_once(tmp_path, flag, says):
+    flag, says = flag.format(tmp_path=tmp_path), says.format(tmp_path=tmp_path)
+    done = command("--config=configs/exopd.py:tiny", "--topology=cpu:4", flag)
+    assert done.returncode == 2
+    assert re.search(says, done.stderr), done.stderr
+    assert "tracing" not in done.stderr
 
 
 @pytest.mark.slow
