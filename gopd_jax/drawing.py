@@ -28,6 +28,9 @@ def chooser(*, temperature, n_vocab, greedy, top_p):
     return choose
 
 
+WIDEST = 8192  # ids of a block
+
+
 def draw(p_BV, uniform_B2):
     """An id of each row with the probability p_BV / its sum; uniform_B2 of [0, 1).
 
@@ -37,7 +40,10 @@ def draw(p_BV, uniform_B2):
     sharded vocabulary lies.
     """
     n_rows, n_ids = p_BV.shape
-    p_BnW = p_BV.reshape(n_rows, math.gcd(n_ids, 128), -1)
+    n_blocks = math.gcd(n_ids, 128)
+    if n_ids > n_blocks * WIDEST:  # an odd number of ids, say: blocks of its divisors are no help
+        p_BV, n_blocks = jnp.pad(p_BV, ((0, 0), (0, -n_ids % 128))), 128
+    p_BnW = p_BV.reshape(n_rows, n_blocks, -1)
     block_B = _inverse(p_BnW.sum(-1), uniform_B2[:, 0])
     p_BW = jnp.take_along_axis(p_BnW, block_B[:, None, None], 1)[:, 0]
     return block_B * p_BW.shape[1] + _inverse(p_BW, uniform_B2[:, 1])

@@ -188,6 +188,23 @@ def _completion(rollout):
     return part.tokens_BL, part.mask_BT
 
 
+@pytest.mark.parametrize("n_ids", [9001, 2 * 9001, 128 * 71])
+def test_rare_ids_of_a_vocabulary_of_any_size_are_told_apart(n_ids):
+    # Rarer than the step of one uniform number: by that alone some were drawn twice as often.
+    p_V = jnp.full(n_ids, 1e-7).at[0].set(1 - 1e-3)
+    low, n, counts = 1 - 1e-7 * (n_ids - 1), 40_000, np.zeros(n_ids)
+    steps = np.random.default_rng(0).integers(int(low * 2**24) + 1, 2**24, n) / 2**24
+    other = np.random.default_rng(1).random(n)
+    uniform_N2 = jnp.array(np.stack([steps, other], 1), jnp.float32)
+    draw = jax.jit(lambda u_B2: drawing.draw(jnp.broadcast_to(p_V, (1000, n_ids)), u_B2))
+    for part in jnp.split(uniform_N2, n // 1000):
+        counts += np.bincount(draw(part), minlength=n_ids)
+    rare = counts[200:]  # the first blocks are partly the likely id's
+    want = rare.sum() / len(rare)
+    assert rare.sum() > 0.9 * n
+    assert ((rare - want) ** 2 / want).mean() < 1.1
+
+
 def chi_square(counts, expected):
     """Pearson's, with the bins that expect fewer than five joined into one."""
     rare = expected < 5
