@@ -962,8 +962,8 @@ MUTANTS = (
         (
             "gates-added",
             "weights are added, not multiplied",
-            "lambda a, b: a * b",
-            "lambda a, b: a + b",
+            "math.prod(found)",
+            "sum(found)",
             "test_step_credit.py::test_gates_multiply_the_loss_and_leave_the_number_of_tokens",
         ),
         (
@@ -976,8 +976,8 @@ MUTANTS = (
         (
             "ratio-not-normalised",
             "f of a ratio of which one side is no distribution",
-            'plain = self.divergence is DIVERGENCES["reverse_kl"] and self.log_u_clip is None',
-            "plain = self.log_u_clip is None",
+            'linear = self.divergence is DIVERGENCES["reverse_kl"] and self.log_u_clip is None',
+            "linear = self.log_u_clip is None",
             "test_step_vocabulary.py::test_a_step_is_the_descent_from_full_logits"
             "[sampled forward KL]",
         ),

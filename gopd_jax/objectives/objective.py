@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import math
 from collections.abc import Callable
 
 import jax.numpy as jnp
@@ -239,11 +240,8 @@ class Objective:
         What is gated or rejected still counts in the reduction's number of tokens.
         """
         entries = (*self.gates, self.importance, self.rejection, self.vetoes)
-        found = [fed(entry, quantities) for entry in entries if entry is not None]
-        if not found:
-            return None
-        product = functools.reduce(lambda a, b: a * b, (x.astype(jnp.float32) for x in found))
-        return jnp.where(quantities["mask_BT"], product, 0.0)
+        found = [fed(e, quantities).astype(jnp.float32) for e in entries if e is not None]
+        return jnp.where(quantities["mask_BT"], math.prod(found), 0.0) if found else None
 
     def kept(self, quantities: dict):
         """keep_BT of the tokens that rejection and veto leave; None where there is neither."""
@@ -292,27 +290,23 @@ def build(
 
     mixture: "probability" or "log", where a task has several teachers.
     """
-
     said = dict(locals())
 
     def entry(key, text):
         return None if absent(key, text) else resolve(text, TABLES[key])
 
+    def given(function, own):  # options that have settings of their own
+        bound = {k: x for k, x in own.items() if k in inspect.signature(function).parameters}
+        return functools.partial(function, **bound) if bound else function
+
     of = entry("divergence", divergence)
-    rewarded = entry("advantage", advantage)
-    own = {"divergence": of, "clip": log_u_clip}  # what settings of their own give
-    asked = inspect.signature(rewarded).parameters
-    if bound := {key: value for key, value in own.items() if key in asked}:
-        rewarded = functools.partial(rewarded, **bound)
-    learnt = entry("loss", loss)
-    if "divergence" in inspect.signature(learnt).parameters:
-        learnt = functools.partial(learnt, divergence=of)
+    rewarded = given(entry("advantage", advantage), {"divergence": of, "clip": log_u_clip})
     made = Objective(
         advantage=rewarded,
         divergence=of,
-        corrected=estimator == "corrected"
-        and plain(rewarded) is ADVANTAGES["gopd"]  # whose reward is -f(u) and no other
-        and of is not DIVERGENCES["reverse_kl"],  # of which it is 0
+        # The reward -f(u) is gopd's and no other's; reverse KL's correction is 0.
+        corrected=(estimator, plain(rewarded)) == ("corrected", ADVANTAGES["gopd"])
+        and of is not DIVERGENCES["reverse_kl"],
         lam=lam,
         lam_schedule=entry("lam_schedule", lam_schedule),
         lam_by_row=lam_by_row,
@@ -325,7 +319,7 @@ def build(
         importance=entry("importance", importance),
         rejection=entry("rejection", rejection),
         veto=veto,
-        loss=learnt,
+        loss=given(entry("loss", loss), {"divergence": of}),
         support=entry("support", support),
         mass=entry("mass", mass),
         regularizers=tuple(entry("regularizers", one) for one in regularizers),
@@ -335,16 +329,15 @@ def build(
         mixture=mixture,
         formula="",
     )
-    for functions, later in (
-        ((made.advantage, made.task), EARNED),
-        ((made.credit,), EARNED - {"token_reward_BT"}),
-        ((made.baseline,), {"advantage_BT"}),
-        ((*made.gates, made.importance, made.rejection), set()),
+    for known, functions in (
+        (ROWS - EARNED, (made.advantage, made.task)),
+        (ROWS - EARNED | {"token_reward_BT"}, (made.credit,)),
+        (ROWS - {"advantage_BT"}, (made.baseline,)),
+        (ROWS, (*made.gates, made.importance, made.rejection)),
+        (POSITIONS, made.losses),
     ):
         for function in functions:
-            _check_names(function, ROWS - later)
-    for function in made.losses:
-        _check_names(function, POSITIONS)
+            _check_names(function, known)
     return dataclasses.replace(made, formula=formula.of(made, said, estimator))
 
 
