@@ -1,10 +1,15 @@
-"""What score and generate share: flags, the model, and a file that can be continued."""
+"""What score and generate share: flags, the model, and a file that can be continued.
+
+At the end, what other commands read lists and numbers of their command line with.
+"""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import functools
 import json
+import math
 import os
 import sys
 import time
@@ -264,3 +269,29 @@ def run(values: flags.FlagValues, doc: str, work: Callable, argv: list[str]) -> 
         print("\nstopped; the same command continues", file=sys.stderr)
         sys.exit(130)
     print(f"{n_rows} rows: {out}")
+
+
+def names(text: str) -> list[str]:
+    """A flag's names, separated by commas and perhaps spaces, for argparse."""
+    found = [name.strip() for name in text.split(",")]
+    if not all(found):
+        raise argparse.ArgumentTypeError(f"{text!r} has an empty name; put one on each side of ','")
+    return found
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """For argparse, a flag's whole number that is not below `least`."""
+
+    def number(text: str) -> int:
+        if (value := int(text)) < least:
+            raise argparse.ArgumentTypeError(f"{value} is below {least}; give {least} or more")
+        return value
+
+    return number
+
+
+def positive(text: str) -> float:
+    """For argparse, a flag's number above 0."""
+    if not (math.isfinite(value := float(text)) and value > 0):
+        raise argparse.ArgumentTypeError(f"{value} is no number above 0; give one, 1e-4 say")
+    return value

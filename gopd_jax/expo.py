@@ -7,15 +7,19 @@ from. arXiv 2404.16792; for several teachers arXiv 2602.12125. alpha = 0 is plai
 """
 
 import argparse
+import dataclasses
 import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import jax
+import numpy as np
 
-from gopd_jax.models import hf
+from gopd_jax import command
+from gopd_jax.models import hf, safetensors_out
 from gopd_jax.models import tokenizer as tokenizers
+from gopd_jax.models.params import ModelConfig
 from gopd_jax.types import Params
 
 
@@ -48,21 +52,41 @@ def extrapolate(base: Params, teachers: Sequence[Params], *, alpha: float) -> Pa
 def write(base, teachers: Sequence, out, *, alpha: float) -> None:
     """`extrapolate` between Hugging Face directories, into the directory `out` in float32.
 
-    ValueError for checkpoints of different models or tokenizers, before any weights are read.
+    ValueError for checkpoints of different models or tokenizers and for an `out` that is none of
+    its own, before any weights are read; for an alpha that leads out of float32, after.
     """
     _check_alpha(alpha)
+    out = Path(out)
+    for source in (base, *teachers):
+        if Path(source).resolve().is_relative_to(out.resolve()):
+            raise ValueError(f"--out={out} would replace {source}; give another directory")
+    safetensors_out.require_ours(out)
     cfg, ids = hf.load_config(base), tokenizers.load(base)
     for teacher in teachers:
-        if (theirs := hf.load_config(teacher)) != cfg:
+        if differing := _differing(hf.load_config(teacher), cfg):
             raise ValueError(
-                f"{teacher} is {theirs} and {base} is {cfg}; weights can be extrapolated between "
+                f"{teacher} differs from {base}: {differing}; weights can be extrapolated between "
                 "models of one shape only"
             )
         tokenizers.require_same_ids(ids, tokenizers.load(teacher), str(teacher))
     params = extrapolate(
         hf.load_params(base, cfg), [hf.load_params(t, cfg) for t in teachers], alpha=alpha
     )
-    hf.save(out, cfg, params, tokenizer_dir=base)
+    if not all(bool(np.isfinite(x).all()) for x in jax.tree.leaves(params)):
+        raise ValueError(
+            f"alpha is {alpha}, too large for these weights: some leave the range of float32; give "
+            "a smaller one, such as 0.25"
+        )
+    with safetensors_out.told(out):
+        hf.save(out, cfg, params, tokenizer_dir=base)
+
+
+def _differing(theirs: ModelConfig, ours: ModelConfig) -> str:
+    """The fields that differ, with both values."""
+    pairs = {
+        f.name: (getattr(theirs, f.name), getattr(ours, f.name)) for f in dataclasses.fields(ours)
+    }
+    return ", ".join(f"{name} is {a!r} and {b!r}" for name, (a, b) in pairs.items() if a != b)
 
 
 def _check_alpha(alpha: float) -> None:
@@ -80,15 +104,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__.splitlines()[0], prog="python -m gopd_jax.expo"
     )
     parser.add_argument("--base", type=Path, required=True, help="what the teachers started from")
-    parser.add_argument("--teachers", required=True, help="directories, separated by commas")
+    parser.add_argument(
+        "--teachers", type=command.names, required=True, help="directories, separated by commas"
+    )
     parser.add_argument("--alpha", type=float, required=True, help="0.25 or 0.5, say")
     parser.add_argument("--out", type=Path, required=True, help="the new checkpoint's directory")
     args = parser.parse_args(argv)
     try:
-        write(args.base, args.teachers.split(","), args.out, alpha=args.alpha)
-    except ValueError as error:
+        write(args.base, args.teachers, args.out, alpha=args.alpha)
+    except (ValueError, OSError) as error:
         print(f"\n{error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(command.WRONG_INPUT)
     print(f"model: {args.out}")
 
 

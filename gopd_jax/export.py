@@ -17,7 +17,8 @@ from pathlib import Path
 import jax
 
 from gopd_jax import card, checkpoint, hub
-from gopd_jax.models import hf, lora
+from gopd_jax.command import WRONG_INPUT
+from gopd_jax.models import hf, lora, safetensors_out
 from gopd_jax.models import params as lm_params
 from gopd_jax.models.params import Lora, ModelConfig
 from gopd_jax.results import SOURCE
@@ -39,7 +40,7 @@ def export(
     dtype: stored (as in the source checkpoint), float32 or bfloat16. adapter: of a run with
     adapters, these alone, as PEFT keeps them (float32, one file), instead of merged weights.
     ValueError where the workdir holds no such run or checkpoint, or `out` something that is no
-    checkpoint.
+    checkpoint, or something that the run is made from or goes on from.
     """
     if adapter and dtype != "stored":
         raise ValueError(f"dtype is {dtype} and adapters are float32; leave out --dtype")
@@ -53,8 +54,7 @@ def export(
             f"{workdir} has no {SOURCE}, which a run writes when it starts; start its command once "
             "more, which trains no step that it has already"
         )
-    if out.resolve() == workdir.resolve() or workdir.resolve().is_relative_to(out.resolve()):
-        raise ValueError(f"--out={out} would replace the run itself; give another directory")
+    _require_free(out, workdir, run)
     steps = checkpoint.steps(workdir)
     if not steps:
         raise ValueError(f"{workdir} has no checkpoint yet; let its run reach one")
@@ -74,19 +74,41 @@ def export(
     params = checkpoint.restore_params(workdir, step, shapes)
     if adapter:
         base, revision = hub.named(run["models"]["student"]["path"])
-        lora.save_adapter(out, cfg, params, base_model=base, revision=revision, card=text)
+        with safetensors_out.told(out):
+            lora.save_adapter(out, cfg, params, base_model=base, revision=revision, card=text)
         return step
     if cfg.lora is not None:
         params = lora.merge(cfg, lora.join(params, _base(run, cfg)))
-    hf.export(
-        out,
-        params,
-        source,
-        dtype=dtype,
-        max_shard_bytes=int(max_shard_gb * GB),
-        card=text,
-    )
+    with safetensors_out.told(out):
+        hf.export(
+            out,
+            params,
+            source,
+            dtype=dtype,
+            max_shard_bytes=int(max_shard_gb * GB),
+            card=text,
+        )
     return step
+
+
+def _require_free(out: Path, workdir: Path, run: dict) -> None:
+    """ValueError where a checkpoint at `out` would take the place of what the run needs."""
+    own = {"the run itself": workdir, "what its exports are made from": workdir / SOURCE}
+    own |= {"its checkpoints": workdir / "checkpoints"}
+    models = {
+        f"the run's model of {role}, {model['path']}": Path(model["path"])
+        for role, model in run["models"].items()
+        if hub.parse(model["path"]) is None
+    }
+    place = out.resolve()
+    for name, path in (own | models).items():
+        if path.resolve().is_relative_to(place):
+            raise ValueError(f"--out={out} would replace {name}; give another directory")
+    for name, path in own.items():
+        # What lies in the workdir beside these, export/ say, is nobody's.
+        if path != workdir and place.is_relative_to(path.resolve()):
+            raise ValueError(f"--out={out} would lie in {name}; give another directory")
+    safetensors_out.require_ours(out)
 
 
 def _base(run: dict, cfg: ModelConfig):
@@ -128,9 +150,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             max_shard_gb=args.max_shard_gb,
             adapter=args.adapter,
         )
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"\n{error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(WRONG_INPUT)
     print(f"model after step {step}: {args.out}")
 
 

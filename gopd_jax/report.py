@@ -23,17 +23,25 @@ from gopd_jax.plots import Run
 
 N_SAMPLES = 6  # problems of each task whose completions are shown
 MINUS = "\u2212"
+CHECK = ("role", "name", "value", "limit", "verdict", "says")  # a check's fields
+UNREAD = "not recorded"  # in place of the checks
 BEFORE, AFTER, OTHER = range(3)  # the order of the results' rows
 
 
 def write(*workdirs: str | Path, out: str | Path | None = None) -> Path:
     """Write the report of one run, or the comparison of several; the path of the page.
 
-    Without `out` it goes into the first workdir. A workdir without metrics.jsonl is a ValueError;
-    every other file may be missing, and so is then what would be shown of it. Beside the page,
-    under its name with .json, is what its tables hold.
+    Without `out` it goes into the first workdir. A workdir without metrics.jsonl is a ValueError, a
+    damaged run.json too; every other file may be missing, and so is then what would be shown of it.
+    Beside the page, under its name with .json, is what its tables hold.
     """
     paths = [Path(workdir) for workdir in workdirs]
+    default = paths[0] / ("report.html" if len(paths) == 1 else "comparison.html")
+    path = Path(out) if out is not None else default
+    if path.suffix == ".json":
+        raise ValueError(f"{path} is the page, and its tables are beside it as .json; give .html")
+    if out is not None and (path.is_dir() or not path.parent.is_dir()):
+        raise ValueError(f"{path} is no file in a directory that is there; give DIR/report.html")
     names = [path.resolve().name for path in paths]
     runs = [
         _read(path, name if names.count(name) == 1 else str(path))
@@ -59,10 +67,6 @@ def write(*workdirs: str | Path, out: str | Path | None = None) -> Path:
         samples=_samples(runs, tasks),
         **tables,
     )
-    default = paths[0] / ("report.html" if len(paths) == 1 else "comparison.html")
-    path = Path(out) if out is not None else default
-    if path.suffix == ".json":
-        raise ValueError(f"{path} is the page, and its tables are beside it as .json; give .html")
     # Half of a surrogate pair, which a model can write, has no UTF-8.
     path.write_bytes(page.encode(errors="replace"))
     facts = {"runs": [run.name for run in runs], "tasks": tasks} | tables
@@ -98,15 +102,20 @@ def _read(workdir: Path, name: str) -> Run:
             f"{workdir} has no {METRICS}; give the workdir of a run, --workdir=DIR, that "
             "`python -m gopd_jax.main` has trained in"
         )
-    info, checked = workdir / "run.json", workdir / "preflight.json"
-    described = json.loads(info.read_text()) if info.is_file() else {}
-    checks = json.loads(checked.read_text())["checks"] if checked.is_file() else []
-    if checks:
+    described = _object(workdir / "run.json", "start the run's command again, which writes it")
+    file, cure = workdir / "preflight.json", "put back an undamaged copy, or remove it"
+    try:
+        found = _object(file, cure).get("checks", [])
+        checks = [{key: check[key] for key in CHECK} for check in found]
         described["preflight"] = {
             f"{check['role']}: {check['name']}": f"{check['value']} ({check['limit']}): "
             f"{check['verdict']} {check['says']}".rstrip()
             for check in checks
         }
+    except ValueError as error:  # a whole run's report is not lost with it
+        checks, described["preflight"] = [], {UNREAD: str(error)}
+    except (KeyError, TypeError):
+        checks, described["preflight"] = [], {UNREAD: f"{file} has checks without {CHECK}; {cure}"}
     return Run(
         name=name,
         metrics=read_rows(workdir / METRICS),
@@ -116,6 +125,18 @@ def _read(workdir: Path, name: str) -> Run:
         info=described,
         checks=checks,
     )
+
+
+def _object(file: Path, cure: str) -> dict:
+    """The object of a JSON file, {} where there is no file. ValueError where it is damaged."""
+    if not file.is_file():
+        return {}
+    try:
+        if not isinstance(found := json.loads(file.read_text()), dict):
+            raise ValueError(f"it holds a {type(found).__name__}")
+        return found
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON object ({error}); {cure}") from error
 
 
 def _mean(by_task: dict[str, dict], tasks: list[str]) -> tuple[float, float | None] | None:
@@ -247,6 +268,9 @@ def _advice(runs: list[Run]) -> list[dict]:
 def _checklist(runs: list[Run]) -> list[dict]:
     """Section, item, a text for each run (None: does not apply), and whether these differ."""
     told = [{(section, item): text for section, item, text in checklist(run)} for run in runs]
+    for run, items in zip(runs, told):
+        if reason := run.info["preflight"].get(UNREAD):  # the file is there, so it is not missing
+            items["Diagnostics", "preflight"] = f"{UNREAD}: {reason}"
     # A section's items together, also those that only a later run has.
     sections = list(dict.fromkeys(section for run in told for section, _ in run))
     keys = dict.fromkeys(key for run in told for key in run)
@@ -318,6 +342,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(write(*flags.workdir, out=flags.out))
     except ValueError as error:
         parser.error(str(error))
+    except OSError as error:
+        parser.error(f"{error}; --out=FILE.html puts the page elsewhere")
 
 
 if __name__ == "__main__":

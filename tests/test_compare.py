@@ -315,10 +315,11 @@ def test_a_training_stopped_by_a_signal_is_continued_in_its_own_workdir(
     assert workdirs == [str(scope.out / "runs" / "4-steps" / "opd-0")] * 2
 
 
-def test_the_command_says_how_to_go_on(tmp_path, models, monkeypatch, capsys):
+@pytest.mark.parametrize("stop", [compare.Stopped(2), KeyboardInterrupt()], ids=["saved", "^C"])
+def test_the_command_says_how_to_go_on(tmp_path, models, monkeypatch, capsys, stop):
     def run(scope, only):
         assert (scope.seeds, only) == (5, ("opd", "sweep"))
-        raise compare.Stopped(2)
+        raise stop
 
     monkeypatch.setattr(compare, "run", run)
     monkeypatch.setattr(jax.config, "update", lambda *_: None)
@@ -328,6 +329,41 @@ def test_the_command_says_how_to_go_on(tmp_path, models, monkeypatch, capsys):
     assert exit_.value.code == 130
     command = f"python -m gopd_jax.microworld.compare --out={out} --only=opd,sweep"
     assert command in capsys.readouterr().err
+
+
+NO_SEEDS = ("--seeds=0", "--strong-seeds=0", "--sweep-seeds=0")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        *(((f"--{n}=0",), f"--{n}: 0 is below 1") for n in ("steps", "problems", "samples")),
+        (("--seeds=-1",), "--seeds: -1 is below 0; give 0 or more"),
+        (NO_SEEDS, "--seeds=0, --strong-seeds=0, --sweep-seeds=0 leave nothing to run"),
+        (("--only=sweep", "--sweep-seeds=0"), "--sweep-seeds=0 leave nothing to run"),
+        (("--only=opd,",), "--only: 'opd,' has an empty name"),
+    ],
+)
+def test_numbers_and_names_without_sense_are_refused(
+    tmp_path, ran, monkeypatch, capsys, flags, words
+):
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    with pytest.raises(SystemExit, match="2"):
+        compare.main([f"--out={tmp_path / 'out'}", *flags])
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("part", NO_SEEDS)
+def test_a_part_can_have_the_only_seeds(tmp_path, ran, monkeypatch, capsys, part):
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    seeds = [flag for flag in NO_SEEDS if flag != part] + [part.replace("0", "1")]
+    compare.main([f"--out={tmp_path / 'out'}", *seeds])
+    assert {seed for _, seed in ran.cells} == {0}
+    assert "| seeds |" in capsys.readouterr().out
+    ran.cells.clear()
+    compare.main([f"--out={tmp_path / 'both'}", "--seeds=1", "--only= base , sweep "])
+    assert {name for name, _ in ran.cells} >= {"base", "lam_0"}
 
 
 def test_the_time_left_is_each_methods_own_where_it_is_known():

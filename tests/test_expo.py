@@ -78,5 +78,67 @@ def test_the_command_refuses_another_architecture(checkpoints, capsys):
     with pytest.raises(SystemExit) as exit_:
         expo.main([*argv, f"--out={path}/out"])
     assert exit_.value.code == 2
-    assert "models of one shape only" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"{path}/deep differs from {path}/base: num_hidden_layers is 3 and 2; " in said
+    assert "models of one shape only" in said
+    assert "vocab_size" not in said
     assert not (path / "out").exists()
+
+
+def refused(path, capsys, *argv):
+    """What the command says when it ends with status 2 and leaves every model as it was."""
+    files = {f: f.read_bytes() for f in path.rglob("*") if f.is_file()}
+    with pytest.raises(SystemExit) as exit_:
+        expo.main([f"--base={path}/base", *argv])
+    assert exit_.value.code == 2
+    assert {f: f.read_bytes() for f in path.rglob("*") if f.is_file()} == files
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("out", ["base", "one", "two/../two", ".", "link"])
+def test_the_models_of_an_extrapolation_are_not_replaced(checkpoints, capsys, out):
+    path, _ = checkpoints
+    (path / "base" / "README.md").write_text("of the base")
+    (path / "config.json").write_text("{}")  # so that what lies above passes for a checkpoint
+    (path / "link").symlink_to(path / "base")
+    argv = [f"--teachers={path}/one,{path}/two", "--alpha=0.5", f"--out={path}/{out}"]
+    assert "would replace" in refused(path, capsys, *argv)
+
+
+@pytest.mark.parametrize("out", ["file/out", "/proc/x/e"])
+def test_where_nothing_can_be_written_is_said(checkpoints, capsys, out):
+    path, _ = checkpoints
+    (path / "file").touch()
+    said = refused(path, capsys, f"--teachers={path}/one", "--alpha=0.5", f"--out={path / out}")
+    assert f"{path / out} c" in said  # cannot, or could not
+    assert "choose another path" in said
+
+
+def test_no_weights_are_read_for_a_directory_that_cannot_be_written(
+    checkpoints, capsys, monkeypatch
+):
+    path, _ = checkpoints
+    monkeypatch.setattr(hf, "load_params", None)
+    monkeypatch.setattr(expo.safetensors_out.os, "access", lambda where, mode: where != path)
+    said = refused(path, capsys, f"--teachers={path}/one", "--alpha=0.5", f"--out={path}/a/b")
+    assert f"{path}/a/b cannot be written, for {path} is no directory that can" in said
+
+
+def test_teachers_are_names_between_commas(checkpoints, capsys):
+    path, _ = checkpoints
+    expo.main(
+        [
+            *(f"--base={path}/base", f"--teachers= {path}/one , {path}/two", "--alpha=0"),
+            f"--out={path}/out",
+        ]
+    )
+    capsys.readouterr()
+    said = refused(path, capsys, f"--teachers={path}/one,", "--alpha=0", f"--out={path}/x")
+    assert "argument --teachers:" in said
+    assert "has an empty name" in said
+
+
+def test_an_alpha_that_leads_out_of_float32_is_said(checkpoints, capsys):
+    path, _ = checkpoints
+    said = refused(path, capsys, f"--teachers={path}/one", "--alpha=1e39", f"--out={path}/out")
+    assert "alpha is 1e+39, too large for these weights" in said

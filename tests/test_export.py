@@ -173,6 +173,14 @@ def test_a_sharded_student_is_written_like_a_whole_one(tmp_path, make_mesh, shap
     assert (tmp_path / "out" / hf.WEIGHTS).read_bytes() == (path / hf.WEIGHTS).read_bytes()
 
 
+def test_a_wider_dtype_is_no_cure_for_weights_that_are_not_finite(tmp_path):
+    cfg = MODELS["qwen3"]
+    params = jax.tree.map(lambda x: np.full_like(x, np.nan), random_params(cfg))
+    with pytest.raises(ValueError, match="in F32; no dtype holds these") as refused:
+        hf.save(tmp_path / "out", cfg, params)
+    assert "write with dtype" not in str(refused.value)
+
+
 def test_weights_beyond_a_dtypes_range_and_wrong_options_are_refused(tmp_path):
     cfg = MODELS["qwen3"]
     path = source(tmp_path / "source", cfg, np.float16)
@@ -294,6 +302,8 @@ def test_what_cannot_be_exported_is_said(run, tmp_path, capsys):
         ([f"--workdir={run}", "--max_shard_gb=nan"], "max_shard_gb is nan; it is a positive"),
         ([f"--workdir={run}", f"--out={run}"], "would replace the run itself"),
         ([f"--workdir={run}", f"--out={run.parent}"], "would replace the run itself"),
+        ([f"--workdir={run}", "--out=/proc/x/e"], "/proc/x/e could not be written"),
+        ([f"--workdir={run}", f"--out={run}/run.json/x"], "run.json/x cannot be written"),
     ):
         out = [f"--out={tmp_path / 'out'}"] if "--out" not in str(arguments) else []
         with pytest.raises(SystemExit, match="2"):
@@ -307,6 +317,36 @@ def test_what_cannot_be_exported_is_said(run, tmp_path, capsys):
     with pytest.raises(ValueError, match="copy has no checkpoint yet"):
         export.export(copy, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_what_a_run_is_made_from_is_not_replaced(run, tmp_path, capsys):
+    copy, models = tmp_path / "copy", tmp_path / "models"
+    shutil.copytree(run, copy)
+    said = card.read_run(copy)
+    for role, model in said["models"].items():
+        model["path"] = str(models / role.replace(":", "_"))
+        shutil.copytree(copy / "export", model["path"])
+    said["models"]["reference"]["path"] = "an/organisation@main"  # on the hub, and so nowhere here
+    (copy / "run.json").write_text(json.dumps(said))
+    (models / "config.json").write_text("{}")
+    (tmp_path / "link").symlink_to(copy / "source")
+    for out, words in (
+        (copy / "source", "would replace what its exports are made from"),
+        (tmp_path / "link", "would replace what its exports are made from"),
+        (copy / "source" / "x", "would lie in what its exports are made from"),
+        (copy / "checkpoints", "would replace its checkpoints"),
+        (copy / "checkpoints" / "x", "would lie in its checkpoints"),
+        (models / "student", "would replace the run's model of student"),
+        (models / "teacher_math", "would replace the run's model of teacher:math"),
+        (models, "would replace the run's model of student"),
+    ):
+        files = {f: f.stat().st_mtime_ns for f in tmp_path.rglob("*")}
+        with pytest.raises(SystemExit, match="2"):
+            export.main([f"--workdir={copy}", f"--out={out}"])
+        assert words in capsys.readouterr().err
+        assert {f: f.stat().st_mtime_ns for f in tmp_path.rglob("*")} == files
+    for out in (copy / "export", copy / "beside"):
+        assert export.export(copy, out, step=2) == 2
 
 
 def test_a_damaged_checkpoint_is_not_exported(run, tmp_path):

@@ -198,6 +198,39 @@ def test_metrics_alone_make_a_page_and_a_missing_file_names_the_cure(tmp_path):
     assert 'id="results"' not in html
 
 
+@pytest.mark.parametrize("text", ["", '{"checks": [', "[]", '{"checks": [{"role": "student"}]}'])
+def test_a_damaged_preflight_does_not_take_the_report(tmp_path, text):
+    run = make_run(tmp_path / "run", steps=2)
+    (run / "preflight.json").write_text(text)
+    html = report.write(run).read_text()
+    assert str(run / "preflight.json") in html
+    items = json.loads((run / "report.json").read_text())["checklist"]
+    (told,) = [i["values"][0] for i in items if i["item"] == "preflight"]
+    assert told.startswith(f"not recorded: {run / 'preflight.json'} ")
+    assert "put back an undamaged copy, or remove it" in told
+
+
+@pytest.mark.parametrize("text", ["", '{"config": ', "[]"])
+def test_a_damaged_run_json_is_named(tmp_path, capsys, text):
+    run = make_run(tmp_path / "run", steps=2)
+    (run / "run.json").write_text(text)
+    with pytest.raises(SystemExit, match="2"):
+        report.main([f"--workdir={run}"])
+    said = capsys.readouterr().err
+    assert f"{run / 'run.json'} is no JSON object" in said
+    assert "start the run's command again" in said
+
+
+@pytest.mark.parametrize("out", [".", "no/page.html", "/proc/x/e", "/proc/x.html"])
+def test_a_page_that_cannot_be_written_is_named(tmp_path, capsys, out):
+    run = make_run(tmp_path / "run", steps=2)
+    with pytest.raises(SystemExit, match="2"):
+        report.main([f"--workdir={run}", f"--out={tmp_path / out}"])
+    said = capsys.readouterr().err
+    assert f"{tmp_path / out}" in said
+    assert re.search("give DIR/report.html|--out=FILE.html puts the page elsewhere", said)
+
+
 def test_several_runs_share_plots_and_one_table_that_names_what_differs(tmp_path, capsys):
     first = make_run(tmp_path / "opd", lam=1.0, final=(0.81, 0.74))
     second = make_run(tmp_path / "exopd")

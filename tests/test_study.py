@@ -155,6 +155,94 @@ def test_equal_time_is_the_steps_by_the_ratio_of_the_step_times(scope, ran):
     assert under_way.steps("exopd") is None
 
 
+# --- the command
+
+
+@pytest.fixture
+def command(scope, monkeypatch):
+    """The command on the scope's directory, and a page with lines of its own."""
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    docs = scope.out.parent / "docs"
+    (docs / "study").mkdir(parents=True)
+    kept = {docs / "RESULTS.md": "the page", docs / "study" / "results.jsonl": "its lines"}
+    for file, text in kept.items():
+        file.write_text(text)
+
+    def run(*argv):
+        study.main([f"--out={scope.out}", f"--docs={docs}", *argv])
+
+    run.untouched = lambda: all(file.read_text() == text for file, text in kept.items())
+    return run
+
+
+@pytest.mark.parametrize("found", ["no directory", "no file", "nothing", "a part"])
+def test_no_page_is_written_of_less_than_a_study(scope, ran, command, capsys, found):
+    file, words = scope.out / "results.jsonl", "missing or empty; give the --out of a study that"
+    if found != "no directory":
+        scope.out.mkdir()
+    if found == "nothing":
+        file.touch()
+    if found == "a part":
+        study.run(scope, ("opd",))
+        words = "that of base, seed 0; run the study to its end, with --out="
+    with pytest.raises(SystemExit, match="2"):
+        command("--write", "--seeds=2")
+    said = capsys.readouterr().err
+    assert str(file) in said
+    assert words in said
+    assert command.untouched()
+
+
+def test_the_whole_study_alone_writes_its_page_without_being_asked(
+    scope, ran, command, capsys, monkeypatch
+):
+    written = []
+    monkeypatch.setattr(study_tables, "write", lambda rows, docs: written.append(len(rows)))
+    command("--only=opd , start", "--seeds=1")
+    assert {name for name, seed in ran.names} == {"opd", *GROUPS["start"].methods}
+    assert "RESULTS.md is left as it is" in capsys.readouterr().out
+    command("--seeds=1")  # whole, but for the seeds
+    assert not written
+    command("--seeds=1", "--write")
+    assert written == [n := len((scope.out / "results.jsonl").read_text().splitlines())]
+    command()
+    assert written == [n, n + 4 * len(METHODS)]
+    file = scope.out / "results.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    for kind in ("gradient", "timing", "cell"):
+        at = max(i for i, line in enumerate(lines) if json.loads(line)["kind"] == kind)
+        file.write_text("".join(lines[:at] + lines[at + 1 :]))
+        with pytest.raises(SystemExit, match="2"):
+            command("--write")
+    assert len(written) == 2
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        *((f"--{name}=0", f"--{name}: 0 is below 1") for name in ("seeds", "steps", "rows")),
+        *((f"--{name}=-1", f"--{name}: -1 is below 1") for name in ("problems", "samples")),
+        *((f"--learning-rate={x}", "--learning-rate: ") for x in ("0", "nan", "-1e-4")),
+        ("--only=opd,,exopd", "--only: 'opd,,exopd' has an empty name"),
+    ],
+)
+def test_flags_without_sense_are_named(ran, command, capsys, flag, words):
+    with pytest.raises(SystemExit, match="2"):
+        command(flag)
+    assert words in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_the_command_without_a_traceback(command, monkeypatch, capsys):
+    def run(scope, only):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(study, "run", run)
+    with pytest.raises(SystemExit, match="130"):
+        command()
+    assert "stopped; the same command continues" in capsys.readouterr().err
+    assert command.untouched()
+
+
 # --- figures
 
 

@@ -159,7 +159,7 @@ def _training(scope: Scope, group, method, seed, config: Config, goal: Config) -
             f"the {rows} rows of a step do not divide into the {rollouts} rollouts of {method}; "
             "change batch.rollouts of its preset"
         )
-    steps = scope.steps or goal.steps
+    steps = goal.steps if scope.steps is None else scope.steps
     # A longer or shorter training is another one: it must not continue this one's checkpoint.
     workdir = scope.out / "runs" / f"{steps}-steps" / f"{method}-{seed}"
     config = dataclasses.replace(

@@ -15,6 +15,7 @@ import platform
 import random
 import shlex
 import shutil
+import signal
 import sys
 import time
 from importlib.metadata import version
@@ -23,7 +24,7 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
-from gopd_jax import data, expo, metrics, microworld, sharding, step, train
+from gopd_jax import command, data, expo, metrics, microworld, sharding, step, train
 from gopd_jax.evaluate import evaluate
 from gopd_jax.microworld import make, statistics
 from gopd_jax.microworld.cells import GROUPS, Cell, Scope, cells, identity, preset
@@ -34,6 +35,7 @@ from gopd_jax.reader import Reader
 from gopd_jax.recipe import Recipe
 
 EVALUATION_ROWS = 256  # sampled at a time
+ONLY = "groups or methods, separated by commas; default: all"
 HELP = {
     "seeds": "of the methods that share two teachers",
     "strong_seeds": "of strong to weak",
@@ -142,17 +144,21 @@ def _line(row: dict) -> str:
 def run(scope: Scope, only: tuple[str, ...] = ()) -> None:
     """Do the cells that are not done, of the groups and methods in `only` where it names some.
 
-    Stopped where a signal ended a training. ValueError for an unknown name, and for results that
-    other settings or models made.
+    Stopped where a signal ended a training. ValueError for an unknown name, where no cell is left
+    to compare, and for results that other settings or models made.
     """
     planned = cells(scope)
     known = {*GROUPS, *(cell.method for cell in planned)}
     if unknown := set(only) - known:
         raise ValueError(f"there is no {sorted(unknown)}; there are {sorted(known)}")
+    wanted = [c for c in planned if not only or c.group in only or c.method in only]
+    if not wanted:
+        seeds = ("seeds", "strong_seeds", "sweep_seeds")
+        said = ", ".join(f"--{n.replace('_', '-')}={getattr(scope, n)}" for n in seeds)
+        raise ValueError(f"{said} leave nothing to run; give one that is wanted at least 1")
     scope.out.mkdir(parents=True, exist_ok=True)
     file = scope.out / "results.jsonl"
     done = _finished(file, planned, scope)
-    wanted = [c for c in planned if not only or c.group in only or c.method in only]
     left = [c for c in wanted if c.key not in done]
     console = Console(stderr=True)
     shared = bench(scope) if left else None
@@ -197,7 +203,8 @@ def write(scope: Scope, rows: list[dict]) -> None:
         return
     goals = {"two teachers": preset("exopd"), "strong to weak": preset("strong_to_weak")}
     trainings = "; ".join(
-        f"{name}: {scope.steps or c.steps} steps of {c.batch.prompts * c.batch.rollouts} rows"
+        f"{name}: {c.steps if scope.steps is None else scope.steps} steps of "
+        f"{c.batch.prompts * c.batch.rollouts} rows"
         for name, c in goals.items()
     )
     notes = (
@@ -248,14 +255,15 @@ def main(argv=None) -> None:
         description=__doc__.splitlines()[0], prog="python -m gopd_jax.microworld.compare"
     )
     parser.add_argument("--out", type=Path, required=True, help="directory of the results")
-    parser.add_argument("--only", help="groups or methods, separated by commas; default: all")
+    parser.add_argument("--only", type=command.names, default=[], help=ONLY)
     for field in dataclasses.fields(Scope):
         if field.name != "out":
             flag = f"--{field.name.replace('_', '-')}"
-            parser.add_argument(flag, type=int, default=field.default, help=HELP[field.name])
+            # Without seeds of one part, the others are compared.
+            kind = command.at_least(0 if field.name.endswith("seeds") else 1)
+            parser.add_argument(flag, type=kind, default=field.default, help=HELP[field.name])
     args = vars(parser.parse_args(argv))
-    only = args.pop("only")
-    only = tuple(only.split(",")) if only else ()
+    only = tuple(args.pop("only"))
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", Path.home() / ".cache/gopd_jax/xla")
     jax.config.update("jax_compilation_cache_dir", str(cache))
     scope = Scope(**args)
@@ -263,12 +271,12 @@ def main(argv=None) -> None:
         run(scope, only)
     except (ValueError, OSError) as error:
         print(f"\n{error}", file=sys.stderr)
-        sys.exit(2)
-    except Stopped as stopped:
+        sys.exit(command.WRONG_INPUT)
+    except (Stopped, KeyboardInterrupt) as stopped:
         given = sys.argv[1:] if argv is None else argv
-        command = shlex.join(["python", "-m", "gopd_jax.microworld.compare", *given])
-        print(f"stopped; continue with: {command}", file=sys.stderr)
-        sys.exit(128 + stopped.args[0])
+        again = shlex.join(["python", "-m", "gopd_jax.microworld.compare", *given])
+        print(f"\nstopped; continue with: {again}", file=sys.stderr)
+        sys.exit(128 + (stopped.args[0] if isinstance(stopped, Stopped) else signal.SIGINT))
     print((scope.out / "table.md").read_text())
 
 

@@ -4,6 +4,8 @@
     python -m gopd_jax.microworld.study --out=DIR --only=credit,exopd  # groups, or methods
     python -m gopd_jax.microworld.study --out=DIR --write              # docs/RESULTS.md of DIR
 
+docs/RESULTS.md is of a whole study: the first command writes it at its end, with every flag at its
+default, and --write of lines that are all there; a part of a study leaves it as it is.
 Finished cells are lines of DIR/results.jsonl, and a stopped study goes on with the next one. Beside
 cells ("kind": "cell") there are lines of gradients at the initial student ("gradient"), once a
 method, and of the seconds of a step ("timing"), once a group that asks for them.
@@ -16,15 +18,16 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 from rich.console import Console
 
-from gopd_jax import microworld
+from gopd_jax import command, microworld
 from gopd_jax.microworld import study_cells, study_tables
 from gopd_jax.microworld.cells import Seeded
-from gopd_jax.microworld.compare import results
+from gopd_jax.microworld.compare import ONLY, results
 from gopd_jax.microworld.study_bench import Bench, Gradients, Trainer, step_seconds
 from gopd_jax.microworld.study_cells import GROUPS, METHODS, Scope, cells, identity
 from gopd_jax.models import hf
@@ -187,8 +190,7 @@ def run(scope: Scope, only: tuple[str, ...] = ()) -> None:
         for cell in mine:
             study.run_cell(cell)
         for name in of.gradients if whole else ():
-            # A method of several groups has one line, in the first; the freed mass is the third's.
-            own = group if (group, name) == ("routing", "opd") else _first(name)
+            own = _line_of(group, name)
             if study.found("gradient", method=name, group=own) is None:
                 study.look(own, name)
         study.release(group)
@@ -198,8 +200,40 @@ def _among(method: str, only: tuple[str, ...]) -> bool:
     return any(method in GROUPS[name].methods for name in only if name in GROUPS)
 
 
-def _first(method: str) -> str:
-    return next(name for name, group in GROUPS.items() if method in group.gradients)
+def _line_of(group: str, method: str) -> str:
+    """The group of a gradient's line: a method of several groups has one, in the first."""
+    if (group, method) == ("routing", "opd"):  # where the freed mass is looked at, too
+        return group
+    return next(name for name, other in GROUPS.items() if method in other.gradients)
+
+
+def lacking(scope: Scope, rows: Sequence[dict]) -> list[str]:
+    """What a whole study has lines of and `rows` have not."""
+    there = {(r["kind"], r.get("group"), r.get("method")) for r in rows}
+    done = {(r["method"], r["seed"]) for r in rows if r["kind"] == "cell"}
+    found = [cell.name for cell in cells(scope) if cell.key not in done]
+    for group, of in GROUPS.items():
+        if of.timed and ("timing", group, None) not in there:
+            found.append(f"seconds of a step, {group}")
+        found += [
+            f"gradient of {name}"
+            for name in of.gradients
+            if ("gradient", _line_of(group, name), name) not in there
+        ]
+    return found
+
+
+def publish(scope: Scope, docs: Path) -> None:
+    """The page of a whole study. ValueError where lines are missing: the page would lose theirs."""
+    file = scope.out / "results.jsonl"
+    if not (rows := results(file)):
+        raise ValueError(f"{file} is missing or empty; give the --out of a study that has ended")
+    if absent := lacking(scope, rows):
+        raise ValueError(
+            f"{file} lacks {len(absent)} lines that the page shows, first that of {absent[0]}; run "
+            f"the study to its end, with --out={scope.out} and neither --only nor --write"
+        )
+    study_tables.write(rows, docs)
 
 
 def main(argv=None) -> None:
@@ -207,12 +241,13 @@ def main(argv=None) -> None:
         description=__doc__.splitlines()[0], prog="python -m gopd_jax.microworld.study"
     )
     parser.add_argument("--out", type=Path, required=True, help="directory of the results")
-    parser.add_argument("--only", help="groups or methods, separated by commas; default: all")
-    parser.add_argument("--write", action="store_true", help="only write the page of the results")
+    parser.add_argument("--only", type=command.names, default=[], help=ONLY)
+    parser.add_argument("--write", action="store_true", help="write the page alone")
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="where RESULTS.md lies")
     for field in dataclasses.fields(Scope):
         if field.name != "out":
-            flag, kind = f"--{field.name.replace('_', '-')}", type(field.default)
+            flag = f"--{field.name.replace('_', '-')}"
+            kind = command.positive if isinstance(field.default, float) else command.at_least(1)
             parser.add_argument(flag, type=kind, default=field.default, help=HELP[field.name])
     args = vars(parser.parse_args(argv))
     only, docs, write = args.pop("only"), args.pop("docs"), args.pop("write")
@@ -221,11 +256,17 @@ def main(argv=None) -> None:
     scope = Scope(**args)
     try:
         if not write:
-            run(scope, tuple(only.split(",")) if only else ())
-        study_tables.write(results(scope.out / "results.jsonl"), docs)
+            run(scope, tuple(only))
+        if write or (not only and scope == Scope(out=scope.out)):
+            publish(scope, docs)
+        else:
+            print(f"results: {scope.out / 'results.jsonl'}; {docs / 'RESULTS.md'} is left as it is")
     except (ValueError, OSError) as error:
         print(f"\n{error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(command.WRONG_INPUT)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command continues", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

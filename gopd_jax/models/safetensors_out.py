@@ -133,11 +133,35 @@ def on_host(array, place: tuple[int, ...] = ()) -> np.ndarray:
 
 
 def require_ours(path: Path) -> None:
-    """ValueError for what is there and is no checkpoint, no adapter and no empty directory."""
+    """ValueError for what is there and is no checkpoint, no adapter and no empty directory.
+
+    And for a path below something that is no directory, or none that can be written.
+    """
+    parent = path.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ValueError(
+            f"{path} cannot be written, for {parent} is no directory that can; choose another path"
+        )
     if any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
         return
     if path.exists() and (path.is_file() or any(path.iterdir())):
         raise ValueError(f"{path} exists and is not a checkpoint; choose another path or remove it")
+
+
+@contextlib.contextmanager
+def told(path: Path) -> Iterator[None]:
+    """What cannot be written for a new checkpoint is a ValueError that names its path.
+
+    Of a full disk, or of a file system that cannot be written by anybody, the error names it not.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"{path} could not be written ({error}); choose another path, or make room there"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -202,9 +226,11 @@ def _write_file(file: Path, shard: Sequence[Tensor]) -> None:
         for tensor in shard:
             array = tensor.read()
             if not all_finite(array):
+                cure = "if they are finite in training, write with dtype float32"
+                if tensor.dtype == "F32":
+                    cure = "no dtype holds these, so take an earlier step"
                 raise ValueError(
-                    f"{tensor.name} holds values that are NaN or infinite in {tensor.dtype}; if "
-                    "they are finite in training, write with dtype float32"
+                    f"{tensor.name} holds values that are NaN or infinite in {tensor.dtype}; {cure}"
                 )
             if out is not None:
                 out.write(array.reshape(-1).view(np.uint8).data)
