@@ -180,7 +180,6 @@ def test_a_finished_run_started_again_exports_again_and_says_so(root, tmp_path, 
     same_results(workdir, root / "run")
 
 
-@pytest.mark.slow
 def test_a_schedule_is_of_the_steps_in_which_the_student_learns(root):
     config = tiny.config(
         root,
@@ -188,7 +187,7 @@ def test_a_schedule_is_of_the_steps_in_which_the_student_learns(root):
         objective={"credit": "gae"},
         critic=Critic(warmup_steps=4),
         optimizer={"schedule": "cosine", "warmup_steps": 2},
-        batch={"updates": 2},
+        batch={"epochs": 2},
     )
     rate = setup.prepare(config).recipe.learning_rate
     peak = config.optimizer.learning_rate
@@ -211,6 +210,7 @@ def test_a_student_that_lost_more_than_two_standard_errors_is_named():
     assert train.worse([], rows(0.0, 0.0)) is None
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_made_longer_by_more_steps(root, tmp_path):
     train.run(in_workdir(root, tmp_path, steps=4))
     train.run(in_workdir(root, tmp_path, steps=6))
