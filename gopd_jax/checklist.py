@@ -13,6 +13,7 @@ from gopd_jax.account import Unknown, count, get, off, span
 from gopd_jax.plots import Run
 
 MANY = "microbatches"
+UNREAD = "not recorded"  # in place of a text, and of checks that cannot be read
 N_ERRORS = 2.0  # standard errors of a difference from which a task counts as worse
 
 
@@ -23,7 +24,7 @@ def checklist(run: Run) -> list[tuple[str, str, str | None]]:
         try:
             told = tell(run)
         except Unknown as reason:
-            told = f"not recorded: {reason}"
+            told = f"{UNREAD}: {reason}"
         found.append((section, item, told))
     return found
 
@@ -170,7 +171,8 @@ def _diagnostics(run: Run) -> str:
 
 def _preflight(run: Run) -> str:
     if not run.checks:
-        raise Unknown("the workdir has no preflight.json")
+        unread = run.info.get("preflight", {}).get(UNREAD)
+        raise Unknown(unread or "the workdir has no preflight.json")
     odd = [c for c in run.checks if c["verdict"] != "ok"]
     told = [f"{c['role']}: {c['name']} is {c['value']} ({c['limit']}): {c['verdict']}" for c in odd]
     passed = f"{len(run.checks) - len(odd)} of {len(run.checks)} checks passed"

@@ -17,14 +17,13 @@ import jinja2
 
 from gopd_jax import plots, watch
 from gopd_jax.charts import DIAGNOSTICS
-from gopd_jax.checklist import checklist, recovered
+from gopd_jax.checklist import UNREAD, checklist, recovered
 from gopd_jax.metrics import EVALUATION, METRICS, SAMPLES, TIMING, read_rows
 from gopd_jax.plots import Run
 
 N_SAMPLES = 6  # problems of each task whose completions are shown
 MINUS = "\u2212"
 CHECK = ("role", "name", "value", "limit", "verdict", "says")  # a check's fields
-UNREAD = "not recorded"  # in place of the checks
 BEFORE, AFTER, OTHER = range(3)  # the order of the results' rows
 
 
@@ -268,9 +267,6 @@ def _advice(runs: list[Run]) -> list[dict]:
 def _checklist(runs: list[Run]) -> list[dict]:
     """Section, item, a text for each run (None: does not apply), and whether these differ."""
     told = [{(section, item): text for section, item, text in checklist(run)} for run in runs]
-    for run, items in zip(runs, told):
-        if reason := run.info["preflight"].get(UNREAD):  # the file is there, so it is not missing
-            items["Diagnostics", "preflight"] = f"{UNREAD}: {reason}"
     # A section's items together, also those that only a later run has.
     sections = list(dict.fromkeys(section for run in told for section, _ in run))
     keys = dict.fromkeys(key for run in told for key in run)

@@ -290,9 +290,10 @@ def _judge(this: Run, writer: metrics.Writer, progress: metrics.Progress):
         shown = "   ".join(f"{row['task']} {_shown(row)}" for row in result.rows)
         progress.note(f"step {at:4d}  {name:14s} {shown}")
         if name == "student":
-            first.extend(() if first else result.rows)
-            if loss := worse(first, result.rows):
-                progress.note(loss)
+            if not first:
+                first.extend(result.rows)
+            if fell := worse(first, result.rows):
+                progress.note(fell)
         return {row["task"]: row for row in result.rows}
 
     return judge
