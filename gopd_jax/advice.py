@@ -232,7 +232,8 @@ def skipped_updates(rows, config, *, least=1, n=20):
     """Steps whose gradient was not finite changed nothing."""
     found = [row.get("skipped") for row in rows[-n:]]
     skipped, half = sum(filter(is_number, found)), setting(config, "student.dtype") == "bfloat16"
-    clip = setting(config, "objective.log_u_clip")
+    # A loss without an advantage has no ratio to clip, and refuses the setting.
+    unclipped = setting(config, "objective.log_u_clip") is None and "advantage_absmax" in rows[-1]
     if skipped < least:
         return None
     return say(
@@ -240,7 +241,7 @@ def skipped_updates(rows, config, *, least=1, n=20):
         f"skipped updates: {skipped:g} in the last {len(found)} steps, whose gradient was not "
         "finite",
         slower(config),
-        None if clip else ("objective.log_u_clip", "5.0", "nats"),
+        ("objective.log_u_clip", "5.0", "nats") if unclipped else None,
         "--config.student.dtype=float32" if half else None,
     )
 

@@ -63,7 +63,8 @@ def main(argv):
         sys.exit(128 + summary.stopped_by)
     if jax.process_index() != 0:
         return
-    page = report.write(summary.workdir)
+    with full_disk_told():
+        page = report.write(summary.workdir)
     longer = f"continue with: {_command(steps=2 * config.steps)}"
     if config.optimizer.schedule != "constant":
         longer = f"a {config.optimizer.schedule} schedule is at its end; train again with: " + (

@@ -296,6 +296,10 @@ def test_what_is_set_already_is_not_advised():
     assert "jsd" in cures()
     assert "jsd" not in cures(divergence="jsd(beta=0.3)")
     assert cures(log_u_clip=3.0) is None
+    skipped = ADVICE["skipped_updates"]
+    assert "log_u_clip=5.0" in skipped(flat(skipped=1.0, advantage_absmax=1.0), {})
+    # A loss without an advantage refuses the setting.
+    assert "log_u_clip" not in skipped(flat(skipped=1.0), {})
     rows = probes(probe__overlap_1=0.9, probe__overlap_4=0.1)
     config = {"objective": {"gates": ["first(n=3)"]}, "sampling": {"completion_length": 8}}
     sentence = ADVICE["prefix_drift"](rows, config)

@@ -27,7 +27,7 @@ def root(tmp_path_factory):
 
 def topology(n, usable=2**40):
     chip = dataclasses.replace(CHIP, usable=int(usable))
-    return Topology(name=f"fake:{n}", devices=tuple(jax.devices()[:n]), chip=chip)
+    return Topology(name=f"cpu:{n}", devices=tuple(jax.devices()[:n]), chip=chip)
 
 
 def key(config):

@@ -129,19 +129,24 @@ def command(root: Path, *arguments: str) -> list[str]:
 
 
 # Most of the suite's time is compilation, of programs that run for milliseconds: a third of it is
-# left without the compiler's optimizations. For those of the suite's own processes whose XLA_FLAGS
-# name no level; `XLA_FLAGS=--xla_backend_optimization_level=3 pytest` computes what users run.
+# left without the compiler's optimizations, and with one module of a program in place of 32. For
+# processes whose XLA_FLAGS name no level; `XLA_FLAGS=--xla_backend_optimization_level=3 pytest`
+# computes what users run.
 CHEAP = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    " --xla_cpu_use_fusion_emitters=false"
+    " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 )
 
 
+def optimized() -> str:
+    """XLA_FLAGS of a process whose programs are compiled as a user's."""
+    return os.environ["XLA_FLAGS"].replace(CHEAP, "").strip()
+
+
 def environment(n_devices: int = 2) -> dict[str, str]:
-    """Of a process that is started: CPU devices, the suite's cache, programs as a user's."""
+    """Of a process that is started: CPU devices, the suite's cache and its compiler's flags."""
     cache = jax.config.jax_compilation_cache_dir
     return os.environ | {
-        "XLA_FLAGS": os.environ["XLA_FLAGS"].replace(CHEAP, "").strip(),
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(n_devices),
         "JAX_COMPILATION_CACHE_DIR": str(cache),
@@ -150,23 +155,24 @@ def environment(n_devices: int = 2) -> dict[str, str]:
     }
 
 
-def start(root: Path, *arguments: str, n_devices: int = 2, **options) -> subprocess.Popen:
-    """The command in a session of its own, with its output in pipes."""
+def start(root: Path, *arguments: str, n_devices: int = 2, **more: str) -> subprocess.Popen:
+    """The command in a session of its own, with its output in pipes; `more` of its environment."""
     return subprocess.Popen(
         command(root, *arguments),
-        env=environment(n_devices),
+        env=environment(n_devices) | more,
         cwd=root,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        **options,
     )
 
 
-def run(root: Path, *arguments: str, n_devices: int = 2) -> subprocess.CompletedProcess:
+def run(
+    root: Path, *arguments: str, n_devices: int = 2, **more: str
+) -> subprocess.CompletedProcess:
     """The command to its end."""
-    process = start(root, *arguments, n_devices=n_devices)
+    process = start(root, *arguments, n_devices=n_devices, **more)
     try:
         out, err = process.communicate(timeout=TIMEOUT)
     finally:
