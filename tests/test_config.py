@@ -6,14 +6,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 from absl import flags
 from ml_collections import config_flags
 
 from gopd_jax import config as settings
-from gopd_jax import problems
+from gopd_jax import problems, records, verifiers
 from gopd_jax.config import Config, Model, Objective, Optimizer
+from gopd_jax.objectives import divergences, objective
 
 PRESET = """
 from gopd_jax.config import Config, Data, Model
@@ -141,6 +143,44 @@ def test_the_program_takes_none_and_refuses_it_where_it_may_not_be(tmp_path):
     assert done.returncode == 2, done.stderr
     assert "seed is None, a NoneType; it takes int" in done.stderr
     assert "every" not in done.stderr
+
+
+OWN = """
+from gopd_jax.objectives.divergences import DIVERGENCES, neyman, pearson
+from gopd_jax.verifiers import VERIFIERS, Verdict
+
+
+def symmetric_chi2(log_s, log_t):
+    return pearson(log_s, log_t) + neyman(log_s, log_t)
+
+
+def loud(completions, records):
+    return [Verdict(float(c.isupper()), "upper case, or not") for c in completions]
+
+
+DIVERGENCES["symmetric_chi2"], VERIFIERS["loud"] = symmetric_chi2, loud
+"""
+
+
+def test_a_preset_brings_entries_of_its_own(parsed, tmp_path, monkeypatch):
+    entry, row = (
+        "symmetric_chi2",
+        {"prompt": "A?", "task": "math", "answer": "A", "verifier": "loud"},
+    )
+    flag = f"--config.objective.divergence={entry}"
+    assert any(f"there is no '{entry}'" in problem for problem in parsed(flag).problems())
+    with pytest.raises(ValueError, match="there is no 'loud'"):
+        records.record(row, "here")
+    monkeypatch.setitem(divergences.DIVERGENCES, entry, None)  # both are taken away at the end
+    monkeypatch.setitem(verifiers.VERIFIERS, "loud", None)
+    (tmp_path / "own.py").write_text(OWN + PRESET)
+    config = parsed(flag, preset="own.py")
+    assert not any(entry in problem for problem in config.problems())
+    made = objective.build(divergence=entry, lam=1.0, loss="exact")
+    s, t = np.log(np.float32([0.25, 0.5])), np.log(np.float32([0.5, 0.25]))
+    np.testing.assert_allclose(made.divergence(s, t), [0.375, 0.375], rtol=1e-6)
+    scores = [v.score for v in verifiers.verify(["A", "a"], [records.record(row, "here")] * 2)]
+    assert scores == [1.0, 0.0]
 
 
 # --- identity
