@@ -6,13 +6,14 @@ import json
 import re
 import shutil
 import sys
+from pathlib import Path
 
 import jax.monitoring
 import numpy as np
 import pytest
 import tiny
 
-from gopd_jax import checkpoint, data, main, processes, step, train
+from gopd_jax import checkpoint, data, main, processes, report, step, train
 from gopd_jax.models import decoder as lm
 from gopd_jax.models import hf
 from gopd_jax.models import params as lm_params
@@ -290,6 +291,27 @@ def test_a_full_disk_ends_the_command_with_status_1_and_without_a_traceback(caps
         raise error
     assert ended.value.code == 1
     assert capsys.readouterr().err.strip().startswith(str(error).strip())
+
+
+def test_so_does_one_that_is_full_when_the_report_is_written(parse, monkeypatch, capsys):
+    def full(workdir):
+        raise OSError(errno.ENOSPC, "No space left on device", f"{workdir}/report.html")
+
+    summary = train.Summary(workdir=Path("w"), step=2, stopped_by=None, export=Path("w/export"))
+    for name in ("begin", "check", "finish"):
+        monkeypatch.setattr(train, name, lambda _: summary)
+    monkeypatch.setattr(report, "write", full)
+    # What the program sets for its whole process, and this one is the suite's.
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", jax.config.jax_compilation_cache_dir)
+    monkeypatch.setattr(main.memory, "give_back_after_compiling", lambda: None)
+    monkeypatch.setattr(main.logging, "set_verbosity", lambda _: None)
+    parse(f"--config={tiny.REPOSITORY / 'configs' / 'exopd.py:tiny'}")
+    with pytest.raises(SystemExit) as ended:
+        main.main(["main"])
+    assert ended.value.code == 1
+    said = capsys.readouterr().err
+    assert "No space left on device: 'w/report.html'" in said
+    assert "the same command continues" in said
 
 
 def test_another_error_of_the_system_is_not_taken_for_a_full_disk():

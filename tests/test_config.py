@@ -163,10 +163,8 @@ DIVERGENCES["symmetric_chi2"], VERIFIERS["loud"] = symmetric_chi2, loud
 
 
 def test_a_preset_brings_entries_of_its_own(parsed, tmp_path, monkeypatch):
-    entry, row = (
-        "symmetric_chi2",
-        {"prompt": "A?", "task": "math", "answer": "A", "verifier": "loud"},
-    )
+    entry = "symmetric_chi2"
+    row = {"prompt": "A?", "task": "math", "answer": "A", "verifier": "loud"}
     flag = f"--config.objective.divergence={entry}"
     assert any(f"there is no '{entry}'" in problem for problem in parsed(flag).problems())
     with pytest.raises(ValueError, match="there is no 'loud'"):
