@@ -25,7 +25,8 @@ if "cache" in told:
     jax.config.update("jax_compilation_cache_dir", told["cache"])
 
 from benchmarks import workloads  # noqa: E402
-from gopd_jax import flops, memory, sharding, step  # noqa: E402
+from gopd_jax import memory, sharding, step  # noqa: E402
+from gopd_jax.planning import flops  # noqa: E402
 
 # Of the recipe as they are.
 RECIPE = ("slots", "buckets", "sampling_buckets", "cache_dtype", "sampling_dtype")

@@ -24,8 +24,8 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
-from gopd_jax.chips import GIB
-from gopd_jax.phases import PHASES
+from gopd_jax.planning.chips import GIB
+from gopd_jax.planning.phases import PHASES
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 3600.0  # seconds for a process: a phase, or all changes that are tried where one fails

@@ -20,11 +20,12 @@ import jax
 from absl import app, flags
 from rich.console import Console
 
-from gopd_jax import abstract, chips, least, phases, search, sharding, space, streamed
 from gopd_jax import config as settings
-from gopd_jax.chips import GIB, Topology
+from gopd_jax import sharding
 from gopd_jax.main import CONFIG, parse, refuse
-from gopd_jax.phases import PHASES, Compiled
+from gopd_jax.planning import abstract, chips, least, phases, search, space, streamed
+from gopd_jax.planning.chips import GIB, Topology
+from gopd_jax.planning.phases import PHASES, Compiled
 
 TOPOLOGY = flags.DEFINE_string(
     "topology",

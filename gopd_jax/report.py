@@ -15,11 +15,11 @@ from pathlib import Path
 
 import jinja2
 
-from gopd_jax import plots, watch
-from gopd_jax.charts import DIAGNOSTICS
-from gopd_jax.checklist import UNREAD, checklist, recovered
 from gopd_jax.metrics import EVALUATION, METRICS, SAMPLES, TIMING, read_rows
-from gopd_jax.plots import Run
+from gopd_jax.reporting import plots, watch
+from gopd_jax.reporting.charts import DIAGNOSTICS
+from gopd_jax.reporting.checklist import UNREAD, checklist, recovered
+from gopd_jax.reporting.plots import Run
 
 N_SAMPLES = 6  # problems of each task whose completions are shown
 MINUS = "\u2212"
@@ -85,7 +85,7 @@ def _plain(value):
 
 def _template() -> jinja2.Template:
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "reporting"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

@@ -15,10 +15,10 @@ from gopd_jax.assembly import attention_told
 from gopd_jax.evaluate import evaluate
 from gopd_jax.method import teachers_of
 from gopd_jax.recipe import init_state
+from gopd_jax.reporting.watch import Watch
 from gopd_jax.setup import Run, prepare
 from gopd_jax.signals import stop_signals
 from gopd_jax.types import TrainState
-from gopd_jax.watch import Watch
 
 EVALUATION_SEED = 1  # the stream of rollouts is 0
 

@@ -13,11 +13,12 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
 from configs import exopd, qwen3
-from gopd_jax import abstract, recipe, sharding
+from gopd_jax import recipe, sharding
 from gopd_jax.batching import decode_copy
 from gopd_jax.config import Lora, Mesh
 from gopd_jax.models import decoder as lm
 from gopd_jax.models.params import abstract_params
+from gopd_jax.planning import abstract
 
 GOLDEN = Path(__file__).parent / "golden"
 HOW = "python -m tests.golden_shardings"

@@ -6,9 +6,9 @@ import re
 
 import pytest
 
-from gopd_jax.advice import ADVICE, advise
 from gopd_jax.config import Config, Critic, Model, to_dict
 from gopd_jax.problems import leaves
+from gopd_jax.reporting.advice import ADVICE, advise
 
 CONFIG = {
     "student": {"path": "base", "dtype": "float32"},

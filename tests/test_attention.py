@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from families import GEMMA3, LLAMA, QWEN3
 
-from gopd_jax import chips, flops, sharding
+from gopd_jax import sharding
 from gopd_jax.models import attention
 from gopd_jax.models import decoder as lm
 from gopd_jax.models import params as lm_params
+from gopd_jax.planning import chips, flops
 
 HEADS, WIDTH, LENGTH = 4, 8, 20
 LEFT = np.array([0, 3, 0, 4, 0])

@@ -10,24 +10,14 @@ import pytest
 import tiny
 from test_by_layer import transfers
 
-from gopd_jax import (
-    abstract,
-    batching,
-    chips,
-    collectives,
-    phases,
-    plan,
-    preflight,
-    sharding,
-    streamed,
-    train,
-)
-from gopd_jax.chips import HOST_LINK, Chip, Topology
+from gopd_jax import batching, plan, preflight, sharding, train
 from gopd_jax.config import Model
-from gopd_jax.flops import Work
 from gopd_jax.models import decoder as lm
 from gopd_jax.models import params as lm_params
 from gopd_jax.models.decoder import Decoder
+from gopd_jax.planning import abstract, chips, collectives, phases, streamed
+from gopd_jax.planning.chips import HOST_LINK, Chip, Topology
+from gopd_jax.planning.flops import Work
 
 
 def planned(root, placement, n=1, **changes):

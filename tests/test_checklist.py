@@ -7,9 +7,9 @@ import pytest
 from test_report import evaluation_at, make_run
 
 from gopd_jax import report
-from gopd_jax.checklist import checklist
 from gopd_jax.config import Batch, Config, Model, Objective, to_dict
-from gopd_jax.plots import Run
+from gopd_jax.reporting.checklist import checklist
+from gopd_jax.reporting.plots import Run
 
 CONFIG = Config(
     workdir="w",

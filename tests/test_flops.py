@@ -9,10 +9,11 @@ import pytest
 from families import MOE
 from jax.sharding import PartitionSpec as P
 
-from gopd_jax import collectives, flops, sampler, sharding
+from gopd_jax import sampler, sharding
 from gopd_jax.models import decoder as lm
 from gopd_jax.models import moe
 from gopd_jax.models.params import abstract_params
+from gopd_jax.planning import collectives, flops
 
 A, B = jnp.ones((4, 5)), jnp.ones((5, 6))
 ONE = 2 * 4 * 5 * 6  # of A @ B

@@ -27,7 +27,7 @@ from launching import (
     start,
 )
 
-from gopd_jax import chips
+from gopd_jax.planning import chips
 
 
 @pytest.fixture

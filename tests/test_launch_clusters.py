@@ -10,7 +10,7 @@ import tiny
 import yaml
 from launching import FLAGS, GKE, LAUNCH, WORKDIR, asked, begin, build, run, start
 
-from gopd_jax import chips
+from gopd_jax.planning import chips
 
 
 @pytest.fixture

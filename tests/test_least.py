@@ -7,12 +7,13 @@ import jax
 import pytest
 import tiny
 
-from gopd_jax import abstract, chips, least, phases, plan, reads
-from gopd_jax.chips import Topology
+from gopd_jax import plan
 from gopd_jax.config import Lora, Mesh, Model
 from gopd_jax.models import lora
 from gopd_jax.models.published import PUBLISHED
-from gopd_jax.traffic import Loop
+from gopd_jax.planning import abstract, chips, least, phases, reads
+from gopd_jax.planning.chips import Topology
+from gopd_jax.planning.traffic import Loop
 
 CPU8 = Topology(name="cpu:8", devices=tuple(jax.devices()), chip=None)
 

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from families import MOE
 
-from gopd_jax import collectives, sharding
+from gopd_jax import sharding
 from gopd_jax.models import moe
+from gopd_jax.planning import collectives
 
 SIZES = {
     "router": (32, 4),

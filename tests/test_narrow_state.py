@@ -10,9 +10,10 @@ import optax
 import pytest
 import tiny
 
-from gopd_jax import checkpoint, export, flops, step, train
+from gopd_jax import checkpoint, export, step, train
 from gopd_jax.models import hf
 from gopd_jax.optimizer import at_random, make_optimizer, rounded
+from gopd_jax.planning import flops
 from gopd_jax.recipe import abstract_state, init_state
 
 OPTIONS = {"learning_rate": 0.01, "schedule": "constant", "warmup_steps": 0, "steps": 9}

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import tiny
 
-from gopd_jax import abstract, advance, phases, plan, processes, reads, setup
-from gopd_jax.chips import Chip, Topology
+from gopd_jax import advance, plan, processes, setup
 from gopd_jax.config import Critic, Lora, Mesh, Model
-from gopd_jax.flops import Work
 from gopd_jax.models import decoder as lm
 from gopd_jax.models import hf
 from gopd_jax.models import params as lm_params
+from gopd_jax.planning import abstract, phases, reads
+from gopd_jax.planning.chips import Chip, Topology
+from gopd_jax.planning.flops import Work
 from gopd_jax.recipe import init_state
 
 CPU8 = Topology(name="cpu:8", devices=tuple(jax.devices()), chip=None)

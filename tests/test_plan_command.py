@@ -11,10 +11,11 @@ import pytest
 import tiny
 from test_plan import preset
 
-from gopd_jax import abstract, assembly, chips, phases, setup, sharding
+from gopd_jax import assembly, setup, sharding
 from gopd_jax.config import Mesh, Model
 from gopd_jax.models import params as lm_params
 from gopd_jax.models.published import PUBLISHED
+from gopd_jax.planning import abstract, chips, phases
 
 
 @pytest.mark.parametrize(

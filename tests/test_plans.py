@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import plans
 from benchmarks.plans import CELLS, Cell, Record
-from gopd_jax.phases import PHASES
+from gopd_jax.planning.phases import PHASES
 
 CELL = Cell("8b", "v6e:16x16")
 
@@ -176,7 +176,7 @@ def test_phases_that_are_named_are_asked_for_alone(tmp_path):
 
 def test_the_flags_of_each_cell_make_a_mesh_of_its_slice_and_divide_the_rows():
     from configs import qwen3
-    from gopd_jax.chips import n_devices
+    from gopd_jax.planning.chips import n_devices
 
     for cell in CELLS:
         given = dict(flag.removeprefix("--config.").split("=") for flag in cell.flags)

@@ -5,9 +5,9 @@ import re
 import numpy as np
 import pytest
 
-from gopd_jax import plots
-from gopd_jax.charts import CHARTS, DIAGNOSTICS
-from gopd_jax.plots import Run
+from gopd_jax.reporting import plots
+from gopd_jax.reporting.charts import CHARTS, DIAGNOSTICS
+from gopd_jax.reporting.plots import Run
 
 QUANTILES = {"p01": -4.0, "p10": -1.0, "p50": 0.0, "p90": 1.0, "p99": 2.0}
 FAN = {f"token_reward_{name}": value for name, value in QUANTILES.items()}

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import tiny
 
-from gopd_jax import abstract, microworld, problems, train
+from gopd_jax import microworld, problems, train
 from gopd_jax.microworld import dataset
 from gopd_jax.models import hf
 from gopd_jax.models import params as lm_params
+from gopd_jax.planning import abstract
 
 # Every preset with the words of its argument; test_every_preset_is_listed compares with the files.
 ARGUMENTS = {

@@ -7,8 +7,9 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from gopd_jax import plots, report
+from gopd_jax import report
 from gopd_jax.metrics import Writer
+from gopd_jax.reporting import plots
 
 SCRIPT = "</pre><script>alert(1)</script><img src=http://a.example/b.png onerror=alert(2)>"
 FINAL = {"student": (0.84, 0.76), "teacher:math": (0.82, 0.48), "teacher:code": (0.47, 0.75)}

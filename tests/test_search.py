@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import tiny
 
-from gopd_jax import abstract, phases, plan, search, space
-from gopd_jax.chips import Chip, Topology
+from gopd_jax import plan
 from gopd_jax.config import Mesh, Model
 from gopd_jax.models.params import logical_axes
+from gopd_jax.planning import abstract, phases, search, space
+from gopd_jax.planning.chips import Chip, Topology
 
 CHIP = Chip(flops=1e12, bandwidth=1e15, usable=2**40, source="made up")
 

@@ -10,9 +10,10 @@ import tiny
 from jax.experimental import mesh_utils
 from jax.sharding import NamedSharding
 
-from gopd_jax import abstract, chips, recipe, setup, sharding, step
+from gopd_jax import recipe, setup, sharding, step
 from gopd_jax import slices as slicing
 from gopd_jax.models.params import logical_axes
+from gopd_jax.planning import abstract, chips
 from gopd_jax.recipe import init_state
 
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from gopd_jax import hlo, traffic
+from gopd_jax.planning import hlo, traffic
 
 # A loop that ends when the data say so, with a loop over three layers in it.
 HLO = """HloModule jit_f, is_scheduled=true

@@ -1,38 +1,13 @@
 """Verdicts by verifier: what is right in which forms, what is wrong."""
 
-import json
 import time
 
 import numpy as np
 import pytest
+from judging import SUM, judge, record, returns, workers_end  # noqa: F401
 
-from gopd_jax.types import Record
-from gopd_jax.verifiers import VERIFIERS, Verdict, close, verify
+from gopd_jax.verifiers import VERIFIERS, Verdict, verify
 from gopd_jax.verifiers.code import code, same, source
-
-SUM = {"entry": "f", "tests": [{"args": [[1, 2, 3]], "want": 6}, {"args": [[]], "want": 0}]}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _workers_end():
-    yield
-    close()
-
-
-def record(verifier, answer):
-    answer = answer if isinstance(answer, str) else json.dumps(answer)
-    return Record(messages=(), task="t", answer=answer, verifier=verifier, source="memory:1")
-
-
-def judge(completion, answer, verifier="code"):
-    (verdict,) = verify([completion], [record(verifier, answer)])
-    assert verdict.reason
-    assert verdict.reason.isascii()
-    return verdict
-
-
-def returns(want, *args):
-    return {"entry": "f", "tests": [{"args": list(args), "want": want}]}
 
 
 def test_verdicts_keep_the_order_of_mixed_rows():

@@ -1,40 +1,13 @@
 """Completions that mean harm: each has a verdict with a clear reason, in bounded time."""
 
-import json
 import os
 import sys
 import time
 
 import pytest
+from judging import SUM, judge, record, returns, workers_end  # noqa: F401
 
-from gopd_jax.types import Record
-from gopd_jax.verifiers import close, verify
 from gopd_jax.verifiers.code import code
-
-SUM = {"entry": "f", "tests": [{"args": [[1, 2, 3]], "want": 6}, {"args": [[]], "want": 0}]}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _workers_end():
-    yield
-    close()
-
-
-def record(verifier, answer):
-    answer = answer if isinstance(answer, str) else json.dumps(answer)
-    return Record(messages=(), task="t", answer=answer, verifier=verifier, source="memory:1")
-
-
-def judge(completion, answer, verifier="code"):
-    (verdict,) = verify([completion], [record(verifier, answer)])
-    assert verdict.reason
-    assert verdict.reason.isascii()
-    return verdict
-
-
-def returns(want, *args):
-    return {"entry": "f", "tests": [{"args": list(args), "want": want}]}
-
 
 OS = "import sys\nos = sys.modules['os']\n"
 LIAR = (

@@ -2,9 +2,9 @@
 
 from test_advice import CONFIG, flat
 
-from gopd_jax import evidence
-from gopd_jax.advice import advise
-from gopd_jax.watch import Watch, history
+from gopd_jax.reporting import evidence
+from gopd_jax.reporting.advice import advise
+from gopd_jax.reporting.watch import Watch, history
 
 
 def test_a_watch_says_a_thing_once_and_again_after_ten_quiet_steps():

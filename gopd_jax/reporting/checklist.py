@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 from functools import partial
 
-from gopd_jax import account, evidence, watch
-from gopd_jax.account import Unknown, count, get, off, span
-from gopd_jax.plots import Run
+from gopd_jax.reporting import account, evidence, watch
+from gopd_jax.reporting.account import Unknown, count, get, off, span
+from gopd_jax.reporting.plots import Run
 
 MANY = "microbatches"
 UNREAD = "not recorded"  # in place of a text, and of checks that cannot be read

@@ -13,7 +13,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from gopd_jax.charts import CHARTS, Chart
+from gopd_jax.reporting.charts import CHARTS, Chart
 
 N_SERIES = 6  # colours --s0 ... of the page; further series begin again
 SMOOTH_FROM = 60  # points of a curve from which its running mean is drawn over it

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 
-from gopd_jax.evidence import (
+from gopd_jax.reporting.evidence import (
     WINDOW,
     closer,
     ends,

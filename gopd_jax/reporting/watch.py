@@ -6,8 +6,8 @@ import math
 from collections import deque
 from collections.abc import Iterable
 
-from gopd_jax.advice import advise
-from gopd_jax.evidence import WINDOW
+from gopd_jax.reporting.advice import advise
+from gopd_jax.reporting.evidence import WINDOW
 
 QUIET = 10  # steps without a cause after which its return is said again
 

@@ -15,9 +15,9 @@ from collections.abc import Callable
 import jax
 
 from gopd_jax import config as settings
-from gopd_jax import phases
-from gopd_jax.chips import GIB, Topology
-from gopd_jax.space import Candidate, ranked, space
+from gopd_jax.planning import phases
+from gopd_jax.planning.chips import GIB, Topology
+from gopd_jax.planning.space import Candidate, ranked, space
 
 # A faster candidate is still compiled after one that fits if it is guessed to be over by less.
 DOUBT = 1.5

@@ -10,12 +10,13 @@ import itertools
 import jax
 import numpy as np
 
-from gopd_jax import abstract, phases, reads, sharding
-from gopd_jax.chips import GIB
+from gopd_jax import sharding
 from gopd_jax.models import lora
 from gopd_jax.models.cache import widths
-from gopd_jax.phases import PHASES, Compiled
-from gopd_jax.traffic import Loop
+from gopd_jax.planning import abstract, phases, reads
+from gopd_jax.planning.chips import GIB
+from gopd_jax.planning.phases import PHASES, Compiled
+from gopd_jax.planning.traffic import Loop
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -11,9 +11,9 @@ import math
 import statistics
 from functools import partial
 
-from gopd_jax import evidence
 from gopd_jax.objectives.objective import EARNED, TABLES, names
-from gopd_jax.plots import Run
+from gopd_jax.reporting import evidence
+from gopd_jax.reporting.plots import Run
 
 DIRECTIONS = {
     "reverse_kl": "reverse KL, KL(student ‖ target)",

@@ -12,8 +12,8 @@ import dataclasses
 import re
 from collections import defaultdict
 
-from gopd_jax import collectives
-from gopd_jax.hlo import Op, computations, parse, turns
+from gopd_jax.planning import collectives
+from gopd_jax.planning.hlo import Op, computations, parse, turns
 
 # Names for arrays that are there.
 FREE = {*collectives.NO_ARRAY, "after-all", "partition-id", "replica-id"}

@@ -6,11 +6,12 @@ import math
 
 import jax
 
-from gopd_jax import abstract, sharding
+from gopd_jax import sharding
 from gopd_jax.models import lora, quantized
 from gopd_jax.models.cache import widths
 from gopd_jax.models.decoder import Decoder
 from gopd_jax.models.params import abstract_params, logical_axes
+from gopd_jax.planning import abstract
 from gopd_jax.recipe import Recipe
 
 

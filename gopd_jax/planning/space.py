@@ -8,12 +8,13 @@ import itertools
 
 import numpy as np
 
-from gopd_jax import abstract, flops, phases, reads, sharding, streamed
 from gopd_jax import config as settings
-from gopd_jax.chips import Topology
+from gopd_jax import sharding
 from gopd_jax.models import lora
 from gopd_jax.models.decoder import Decoder
-from gopd_jax.phases import Compiled, Memory
+from gopd_jax.planning import abstract, flops, phases, reads, streamed
+from gopd_jax.planning.chips import Topology
+from gopd_jax.planning.phases import Compiled, Memory
 
 # float32 arrays of attention's scores that exist at one time: in a forward pass, and in a backward
 # pass that recomputes a layer; of one that does not, for each layer. Read off plans that were made;

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 
-from gopd_jax.hlo import BYTES, computations, turns
+from gopd_jax.planning.hlo import BYTES, computations, turns
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _SENT = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\(")

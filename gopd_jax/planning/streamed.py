@@ -10,9 +10,10 @@ import math
 
 import jax
 
-from gopd_jax import abstract, batching, method, problems, sharding, step
+from gopd_jax import batching, method, problems, sharding, step
 from gopd_jax import config as settings
 from gopd_jax.models import decoder as lm
+from gopd_jax.planning import abstract
 
 HOST = "pinned_host"
 

@@ -13,9 +13,10 @@ from collections.abc import Iterable, Iterator
 
 import jax
 
-from gopd_jax import abstract, collectives, flops, reads, sharding, step, streamed, traffic
-from gopd_jax.chips import FLOAT32_PASSES, GIB, HOST_LINK, Topology
-from gopd_jax.flops import Work
+from gopd_jax import sharding, step
+from gopd_jax.planning import abstract, collectives, flops, reads, streamed, traffic
+from gopd_jax.planning.chips import FLOAT32_PASSES, GIB, HOST_LINK, Topology
+from gopd_jax.planning.flops import Work
 from gopd_jax.recipe import following
 
 PHASES = ("generate", "score", "update", "fused")
