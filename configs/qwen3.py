@@ -41,6 +41,11 @@ Student and reference are one model, given twice; another student takes --config
 --config.reference.path. On another number of chips set --config.mesh.fsdp (rows and weights),
 --config.mesh.tensor (a divisor of the 8 key/value heads, of the 4 that Qwen3-30B-A3B has) and
 --config.batch.microbatches; docs/plan.md says when "4b_moe" gains by --config.mesh.expert.
+
+Where completions mostly end long before the limit, --config.sampling.slots=256 fills the places of
+rows that ended with other prompts, and --config.batch.buckets=4 scores and learns from short rows
+at less than the full width. Both are left off: what they are worth hangs on the lengths, and each
+width is compiled.
 """
 
 from gopd_jax.config import (
@@ -75,8 +80,8 @@ def get_config(arg: str | None = None) -> Config:
         reference=_model("/models/Qwen3-4B"),
         steps=50,
         data=Data(train="/data/train.parquet", test="/data/test.parquet", prompt_length=2048),
-        # A token reads an eighth, two eighths, .. of the cache, as much as holds what is there; most
-        # of the step is this reading.
+        # A token reads an eighth, two eighths, .. of the cache, as much as holds what is there:
+        # most of the step is this reading.
         sampling=Sampling(completion_length=16384, buckets=8),
         # 16 rows a microbatch, one on each of the mesh's 16 row shards.
         batch=Batch(prompts=1024, microbatches=64, head_chunk=512, remat="layers"),

@@ -9,11 +9,9 @@ status: 0 if it fits, 1 if not, 2 for wrong input, 3 where the compiler itself f
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -23,7 +21,7 @@ from rich.console import Console
 from gopd_jax import config as settings
 from gopd_jax import sharding
 from gopd_jax.main import CONFIG, parse, refuse
-from gopd_jax.planning import abstract, chips, least, phases, search, space, streamed
+from gopd_jax.planning import abstract, changes, chips, least, phases, search, space
 from gopd_jax.planning.chips import GIB, Topology
 from gopd_jax.planning.phases import PHASES, Compiled
 
@@ -84,49 +82,6 @@ def plan(
     return Plan(config=config, run=run, topology=topology, found=tuple(found))
 
 
-def changes(c: settings.Config, mesh) -> Iterator[tuple[str, settings.Config]]:
-    """(as flags, the config) of single changes that take less memory, the mildest first."""
-    pieces, chunk, prompts = c.batch.microbatches, c.batch.head_chunk, c.batch.prompts
-    length, shards = c.sampling.completion_length, sharding.n_row_shards(mesh)
-    n_data, n_fsdp, _, _, n_tensor = mesh.devices.shape
-    for name in {None: ("products", "layers"), "products": ("layers",)}.get(c.batch.remat, ()):
-        yield _changed(c, {"batch.remat": name})
-    for factor in (2, 4):
-        yield _changed(c, {"batch.microbatches": pieces * factor})
-    for factor in (2, 4):
-        if chunk % factor == 0:
-            yield _changed(c, {"batch.head_chunk": chunk // factor})
-    if n_data % 2 == 0:
-        yield _changed(c, {"mesh.data": n_data // 2, "mesh.fsdp": 2 * n_fsdp})
-    if n_fsdp % 2 == 0:  # half of the heads to a device, and as few rows at one time
-        axes = {"mesh.fsdp": n_fsdp // 2, "mesh.tensor": 2 * n_tensor}
-        yield _changed(c, axes | {"batch.microbatches": 2 * pieces})
-    for placement in ("host", "host_layers"):
-        if away := streamed.moved(c, placement):
-            yield _changed(c, away)
-    for factor in (2, 4):
-        if prompts % factor == 0:
-            fewer = {"batch.prompts": prompts // factor}
-            rows = prompts * c.batch.rollouts // (factor * c.batch.updates)
-            if rows % (pieces * shards) and pieces % factor == 0:  # less than one a device
-                fewer["batch.microbatches"] = pieces // factor
-            yield _changed(c, fewer)
-    for factor in (2, 4):  # another experiment: the last resort
-        if length % factor == 0:
-            yield _changed(c, {"sampling.completion_length": length // factor})
-
-
-def _changed(c: settings.Config, values: dict) -> tuple[str, settings.Config]:
-    made = copy.deepcopy(c)
-    for key, value in values.items():
-        *sections, name = key.split(".")
-        at = made
-        for section in sections:
-            at = at[section] if isinstance(at, dict) else getattr(at, section)
-        setattr(at, name, value)
-    return " ".join(f"--config.{key}={value}" for key, value in values.items()), made
-
-
 def first_that_fits(this: Plan, *, mfu: float, say) -> tuple[str | None, list[str]]:
     """(flags of the first single change under which all that failed fits, those that do not).
 
@@ -135,7 +90,7 @@ def first_that_fits(this: Plan, *, mfu: float, say) -> tuple[str | None, list[st
     """
     names, tried = tuple(one.name for one in this.too_large), []
     usable, now = this.topology.chip.usable, space.guess(this.run, names)
-    for told, config in changes(this.config, this.run.recipe.mesh):
+    for told, config in changes.smaller(this.config, this.run.recipe.mesh):
         try:
             run = abstract.prepare(config, this.topology.devices)
         except ValueError:
@@ -205,6 +160,9 @@ def _estimate(this: Plan) -> list[str]:
     )
     if large := [one.name for one in this.too_large]:
         lines.append(f"  as if {', '.join(large)} did fit")
+    if found := changes.faster(this.run, parts, this.topology):
+        lines.append("faster by this estimate, each alone and not compiled:")
+        lines += [f"  {told}: {seconds:.2f} s less" for told, seconds in found.items()]
     return [*lines, *(f"  assumed: {text}" for text in phases.assumed(this.run))]
 
 
@@ -234,7 +192,8 @@ def to_json(this: Plan, verdict: str, change: str | None) -> dict:
         "mesh": sharding.shape(mesh),
         "usable_bytes": None if chip is None else chip.usable,
         "phases": rows,
-        "estimated_seconds": phases.parts(this.found),
+        "estimated_seconds": (parts := phases.parts(this.found)),
+        "faster": changes.faster(this.run, parts, this.topology),
         "assumed": list(phases.assumed(this.run)),
         "verdict": verdict,
         "change_that_fits": change,

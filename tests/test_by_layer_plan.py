@@ -15,7 +15,7 @@ from gopd_jax.config import Model
 from gopd_jax.models import decoder as lm
 from gopd_jax.models import params as lm_params
 from gopd_jax.models.decoder import Decoder
-from gopd_jax.planning import abstract, chips, collectives, phases, streamed
+from gopd_jax.planning import abstract, changes, chips, collectives, phases, streamed
 from gopd_jax.planning.chips import HOST_LINK, Chip, Topology
 from gopd_jax.planning.flops import Work
 
@@ -126,7 +126,7 @@ def test_the_estimate_waits_for_whole_models_and_lets_layers_come_in_beside_the_
 def test_the_host_is_tried_before_fewer_rows_and_layers_after_whole_models(root):
     config = tiny.config(root)
     mesh = planned(root, "device").recipe.mesh
-    told = [told for told, _ in plan.changes(config, mesh)]
+    told = [told for told, _ in changes.smaller(config, mesh)]
     roles = ("reference", "teachers.math", "teachers.code")
     host, layers = (
         " ".join(f"--config.{role}.placement={where}" for role in roles)
@@ -136,10 +136,10 @@ def test_the_host_is_tried_before_fewer_rows_and_layers_after_whole_models(root)
     at = told.index(host)
     assert told[at + 1] == layers
     assert "--config.batch.prompts=4" in told[at + 2]
-    _, changed = [*plan.changes(config, mesh)][at + 1]
+    _, changed = [*changes.smaller(config, mesh)][at + 1]
     assert changed.problems() == []
     assert {m.placement for m in changed.teachers.values()} == {"host_layers"}
-    assert not any("placement" in told for told, _ in plan.changes(changed, mesh))
+    assert not any("placement" in told for told, _ in changes.smaller(changed, mesh))
 
 
 def test_a_plan_lists_what_is_in_host_memory(root):

@@ -32,7 +32,7 @@ LAYERS = (
     ("setup",),
     ("probe", "preflight", "results", "advance", "planning.abstract"),
     ("planning.streamed", "planning.reads"),
-    ("planning.phases", "planning.least"),
+    ("planning.phases", "planning.least", "planning.changes"),
     ("train", "planning.space"),
     ("planning.search",),
     (

@@ -13,7 +13,7 @@ from gopd_jax.config import Critic, Lora, Mesh, Model
 from gopd_jax.models import decoder as lm
 from gopd_jax.models import hf
 from gopd_jax.models import params as lm_params
-from gopd_jax.planning import abstract, phases, reads
+from gopd_jax.planning import abstract, changes, phases, reads
 from gopd_jax.planning.chips import Chip, Topology
 from gopd_jax.planning.flops import Work
 from gopd_jax.recipe import init_state
@@ -189,6 +189,49 @@ def test_the_estimate_is_the_slower_of_compute_and_memory(exopd):
     assert refused == found  # what it computes is known all the same
 
 
+def test_what_would_be_faster_is_less_to_read(exopd, monkeypatch):
+    this, _ = exopd
+    topology = dataclasses.replace(CPU8, chip=CHIP)
+    elements = 2 * 4 * 1 * 2 * 80 * 32  # keys and values: layers, rows, heads, slots, width
+    weights = sum(x.size for x in jax.tree.leaves(this.run.frozen.reference))
+    seconds = 35 * 4 * (weights + elements) / 1e9
+    parts = {"decode: HBM": seconds, "rest of the step: compute": seconds}
+    assert [*changes.faster(this.run, parts, topology)] == [
+        "--config.sampling.weights_dtype=int8 --config.objective.importance=token"
+    ]  # of so small a model the cache is little
+    monkeypatch.setattr(changes, "WORTH", 0.0)
+    buckets, cache, matrices = changes.faster(this.run, parts, topology).items()
+    unread = sum(80 - -(-n // 10) * 10 for n in range(44, 79))  # slots, in all turns
+    byte = 35 / 1e9  # to which a turn's reading is rounded
+    less = 4 * elements * unread / 80e9
+    assert buckets == ("--config.sampling.buckets=8", pytest.approx(less, rel=0, abs=byte))
+    narrow = elements * (1 + 4 / 32)  # and a scale in float32 for each token and head
+    assert cache == (
+        "--config.sampling.cache_dtype=int8 --config.objective.importance=token",
+        pytest.approx(35 * (4 * elements - narrow) / 1e9, rel=0, abs=byte),
+    )
+    assert 0.6 * 35 * 4 * weights / 1e9 < matrices[1] < 0.75 * 35 * 4 * weights / 1e9
+    assert not changes.faster(this.run, {"decode: compute": seconds}, topology)
+    there = dataclasses.replace(this, topology=topology)
+    told = plan.report(there).partition("ESTIMATE")[2]
+    assert ("faster by this estimate" in told) == ("decode: HBM" in told)
+
+
+def test_a_faster_setting_that_is_set_or_refused_is_not_told(exopd, monkeypatch):
+    this, _ = exopd
+    monkeypatch.setattr(changes, "WORTH", 0.0)
+    topology = dataclasses.replace(CPU8, chip=CHIP)
+    eight_bits = {"sampling.cache_dtype": "int8", "sampling.weights_dtype": "int8"}
+    for values, left in (
+        ({"sampling.buckets": 2}, 2),
+        ({"objective.importance": "token", **eight_bits}, 1),
+        ({"objective.source": "teacher", "objective.advantage": "imitation"}, 1),
+    ):
+        _, config = changes.changed(this.config, values)
+        run = abstract.prepare(config, CPU8.devices)
+        assert len(changes.faster(run, {"decode: HBM": 1e-3}, topology)) == left, values
+
+
 def test_the_planned_cache_is_the_samplers(make_model, make_mesh):
     decoder, _ = make_model()
     tokens = jax.ShapeDtypeStruct((8, 5), np.int32), jax.ShapeDtypeStruct((8, 5), bool)
@@ -239,7 +282,8 @@ def test_the_changes_keep_the_rows_of_a_device_and_end_with_fewer_tokens(exopd):
     batch = dataclasses.replace(this.config.batch, prompts=64, microbatches=8, remat="layers")
     config = dataclasses.replace(this.config, batch=batch, mesh=Mesh(fsdp=8))
     told = [
-        told for told, _ in plan.changes(config, abstract.prepare(config, CPU8.devices).recipe.mesh)
+        told
+        for told, _ in changes.smaller(config, abstract.prepare(config, CPU8.devices).recipe.mesh)
     ]
     # One row of a microbatch on each device: twice the tensor axis is half as many row shards.
     assert "--config.mesh.fsdp=4 --config.mesh.tensor=2 --config.batch.microbatches=16" in told

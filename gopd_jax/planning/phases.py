@@ -258,8 +258,7 @@ def roofline(
 
     found = {}
     if work.looped.total:
-        turns, bytes_ = reads.decode_reads(run)
-        read = turns * bytes_ / chip.bandwidth
+        read = seconds_read(run, topology)
         _slowest(found, "decode", {"compute": computing(work.looped), "HBM": read})
     touched = 0 if memory is None else memory.arguments + memory.output
     rest = "rest of the step" if name == "fused" else name
@@ -269,6 +268,12 @@ def roofline(
     if before:  # nothing runs meanwhile
         found[f"{rest}: host link"] = found.get(f"{rest}: host link", 0.0) + before
     return found
+
+
+def seconds_read(run: abstract.Run, topology: Topology) -> float:
+    """Seconds in which HBM gives what the tokens of a step read; of a chip that is known."""
+    turns, size = reads.decode_reads(run)
+    return turns * size / topology.chip.bandwidth
 
 
 def assumed(run: abstract.Run) -> tuple[str, ...]:

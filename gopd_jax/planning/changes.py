@@ -1,0 +1,85 @@
+"""Single settings that would change a plan: those that take less memory, those that read less."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+from gopd_jax import config as settings
+from gopd_jax import sharding
+from gopd_jax.planning import abstract, phases, streamed
+from gopd_jax.planning.chips import Topology
+
+# Under `sampling`, so that a token reads less: the same completions, then those of 8 bits.
+NARROWER = {"buckets": 8, "cache_dtype": "int8", "weights_dtype": "int8"}
+WORTH = 0.05  # of the step's seconds: less is not told
+
+
+def smaller(c: settings.Config, mesh) -> Iterator[tuple[str, settings.Config]]:
+    """(as flags, the config) of single changes that take less memory, the mildest first."""
+    pieces, chunk, prompts = c.batch.microbatches, c.batch.head_chunk, c.batch.prompts
+    length, shards = c.sampling.completion_length, sharding.n_row_shards(mesh)
+    n_data, n_fsdp, _, _, n_tensor = mesh.devices.shape
+    for name in {None: ("products", "layers"), "products": ("layers",)}.get(c.batch.remat, ()):
+        yield changed(c, {"batch.remat": name})
+    for factor in (2, 4):
+        yield changed(c, {"batch.microbatches": pieces * factor})
+    for factor in (2, 4):
+        if chunk % factor == 0:
+            yield changed(c, {"batch.head_chunk": chunk // factor})
+    if n_data % 2 == 0:
+        yield changed(c, {"mesh.data": n_data // 2, "mesh.fsdp": 2 * n_fsdp})
+    if n_fsdp % 2 == 0:  # half of the heads to a device, and as few rows at one time
+        axes = {"mesh.fsdp": n_fsdp // 2, "mesh.tensor": 2 * n_tensor}
+        yield changed(c, axes | {"batch.microbatches": 2 * pieces})
+    for placement in ("host", "host_layers"):
+        if away := streamed.moved(c, placement):
+            yield changed(c, away)
+    for factor in (2, 4):
+        if prompts % factor == 0:
+            fewer = {"batch.prompts": prompts // factor}
+            rows = prompts * c.batch.rollouts // (factor * c.batch.updates)
+            if rows % (pieces * shards) and pieces % factor == 0:  # less than one a device
+                fewer["batch.microbatches"] = pieces // factor
+            yield changed(c, fewer)
+    for factor in (2, 4):  # another experiment: the last resort
+        if length % factor == 0:
+            yield changed(c, {"sampling.completion_length": length // factor})
+
+
+def changed(c: settings.Config, values: dict) -> tuple[str, settings.Config]:
+    made = copy.deepcopy(c)
+    for key, value in values.items():
+        *sections, name = key.split(".")
+        at = made
+        for section in sections:
+            at = at[section] if isinstance(at, dict) else getattr(at, section)
+        setattr(at, name, value)
+    return " ".join(f"--config.{key}={value}" for key, value in values.items()), made
+
+
+def faster(run: abstract.Run, parts: dict[str, float], topology: Topology) -> dict[str, float]:
+    """Flags -> seconds of a step that decoding would take less, where reading takes most of it.
+
+    Of single changes, by the roofline of what each token reads; nothing is compiled. parts: the
+    step's seconds. Left out is what is set already, what is refused beside the other settings, and
+    what is little of the step.
+    """
+    if "decode: HBM" not in parts:
+        return {}
+    c, now, found = run.config, phases.seconds_read(run, topology), {}
+    for name, value in NARROWER.items():
+        if getattr(c.sampling, name) != getattr(settings.Sampling(), name):
+            continue
+        values = {f"sampling.{name}": value}
+        if value == "int8" and c.objective.importance == "none":  # they are another policy's
+            values["objective.importance"] = "token"
+        told, config = changed(c, values)
+        try:
+            narrower = abstract.prepare(config, topology.devices)
+        except ValueError:
+            continue
+        less = now - phases.seconds_read(narrower, topology)
+        if less > WORTH * sum(parts.values()):
+            found[told] = less
+    return found
