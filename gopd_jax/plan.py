@@ -48,6 +48,7 @@ class Plan:
     run: abstract.Run
     topology: Topology
     found: tuple[Compiled, ...]
+    mfu: float = 0.5
 
     @property
     def too_large(self) -> list[Compiled]:
@@ -79,7 +80,7 @@ def plan(
         say(f"compiling {program.name} ({len(found) + 1}/{len(names)}) for {topology.name}")
         found.append(phases.compiled(run, program, topology, mfu=mfu))
         say(f"{program.name}: {_outcome(found[-1], topology)}, {found[-1].seconds:.0f} s")
-    return Plan(config=config, run=run, topology=topology, found=tuple(found))
+    return Plan(config=config, run=run, topology=topology, found=tuple(found), mfu=mfu)
 
 
 def first_that_fits(this: Plan, *, mfu: float, say) -> tuple[str | None, list[str]]:
@@ -160,9 +161,11 @@ def _estimate(this: Plan) -> list[str]:
     )
     if large := [one.name for one in this.too_large]:
         lines.append(f"  as if {', '.join(large)} did fit")
-    if found := changes.faster(this.run, parts, this.topology):
+    if better := changes.faster(this.run, this.found, this.topology, mfu=this.mfu):
         lines.append("faster by this estimate, each alone and not compiled:")
-        lines += [f"  {told}: {seconds:.2f} s less" for told, seconds in found.items()]
+        for told, seconds in better.items():
+            other = "; another sampler, docs/eight_bits.md" if "int8" in told else ""
+            lines.append(f"  {told}: {seconds:.2f} s less{other}")
     return [*lines, *(f"  assumed: {text}" for text in phases.assumed(this.run))]
 
 
@@ -192,8 +195,8 @@ def to_json(this: Plan, verdict: str, change: str | None) -> dict:
         "mesh": sharding.shape(mesh),
         "usable_bytes": None if chip is None else chip.usable,
         "phases": rows,
-        "estimated_seconds": (parts := phases.parts(this.found)),
-        "faster": changes.faster(this.run, parts, this.topology),
+        "estimated_seconds": phases.parts(this.found),
+        "faster": changes.faster(this.run, this.found, this.topology, mfu=this.mfu),
         "assumed": list(phases.assumed(this.run)),
         "verdict": verdict,
         "change_that_fits": change,

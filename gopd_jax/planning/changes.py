@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from gopd_jax import config as settings
 from gopd_jax import sharding
 from gopd_jax.planning import abstract, phases, streamed
 from gopd_jax.planning.chips import Topology
+from gopd_jax.planning.phases import Compiled
 
 # Under `sampling`, so that a token reads less: the same completions, then those of 8 bits.
 NARROWER = {"buckets": 8, "cache_dtype": "int8", "weights_dtype": "int8"}
@@ -58,28 +59,36 @@ def changed(c: settings.Config, values: dict) -> tuple[str, settings.Config]:
     return " ".join(f"--config.{key}={value}" for key, value in values.items()), made
 
 
-def faster(run: abstract.Run, parts: dict[str, float], topology: Topology) -> dict[str, float]:
+def faster(
+    run: abstract.Run, found: Iterable[Compiled], topology: Topology, *, mfu: float
+) -> dict[str, float]:
     """Flags -> seconds of a step that decoding would take less, where reading takes most of it.
 
-    Of single changes, by the roofline of what each token reads; nothing is compiled. parts: the
-    step's seconds. Left out is what is set already, what is refused beside the other settings, and
-    what is little of the step.
+    Of single changes, by the same roofline: what each token reads, down to what its products take.
+    Nothing is compiled. Left out is what is set already, what is refused beside the other settings
+    or not corrected by a token's importance weight, and what is little of the step.
     """
+    parts = phases.parts(found)
     if "decode: HBM" not in parts:
         return {}
-    c, now, found = run.config, phases.seconds_read(run, topology), {}
+    c, now, better = run.config, parts["decode: HBM"], {}
+    looped = next(one.work.looped for one in found if one.work.looped.total)
+    floor = phases.seconds_computed(looped, topology, mfu)
+    corrected = c.objective.importance in ("none", "token") and not run.recipe.objective.vocabulary
     for name, value in NARROWER.items():
         if getattr(c.sampling, name) != getattr(settings.Sampling(), name):
             continue
         values = {f"sampling.{name}": value}
-        if value == "int8" and c.objective.importance == "none":  # they are another policy's
+        if value == "int8":  # another policy's completions
+            if not corrected:
+                continue
             values["objective.importance"] = "token"
         told, config = changed(c, values)
         try:
             narrower = abstract.prepare(config, topology.devices)
         except ValueError:
             continue
-        less = now - phases.seconds_read(narrower, topology)
+        less = now - max(floor, phases.seconds_read(narrower, topology))
         if less > WORTH * sum(parts.values()):
-            found[told] = less
-    return found
+            better[told] = less
+    return better

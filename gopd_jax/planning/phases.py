@@ -251,23 +251,25 @@ def roofline(
     chip = topology.chip
     if chip is None:
         return {}
-    rate = len(topology.devices) * chip.flops * mfu
-
-    def computing(part: Work) -> float:
-        return (part.narrow + FLOAT32_PASSES * part.float32) / rate
-
     found = {}
     if work.looped.total:
-        read = seconds_read(run, topology)
-        _slowest(found, "decode", {"compute": computing(work.looped), "HBM": read})
+        computed, read = seconds_computed(work.looped, topology, mfu), seconds_read(run, topology)
+        _slowest(found, "decode", {"compute": computed, "HBM": read})
     touched = 0 if memory is None else memory.arguments + memory.output
     rest = "rest of the step" if name == "fused" else name
     before, beside = (size / HOST_LINK for size in streamed.brought(run, name))
-    limits = {"compute": computing(work - work.looped), "HBM": touched / chip.bandwidth}
-    _slowest(found, rest, limits | {"host link": beside})
+    computed = seconds_computed(work - work.looped, topology, mfu)
+    limits = {"compute": computed, "HBM": touched / chip.bandwidth, "host link": beside}
+    _slowest(found, rest, limits)
     if before:  # nothing runs meanwhile
         found[f"{rest}: host link"] = found.get(f"{rest}: host link", 0.0) + before
     return found
+
+
+def seconds_computed(work: Work, topology: Topology, mfu: float) -> float:
+    """Seconds in which the devices, of a chip that is known, do these products."""
+    rate = len(topology.devices) * topology.chip.flops * mfu
+    return (work.narrow + FLOAT32_PASSES * work.float32) / rate
 
 
 def seconds_read(run: abstract.Run, topology: Topology) -> float:

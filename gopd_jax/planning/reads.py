@@ -91,11 +91,11 @@ def weights_read(mesh, decoder, dtype: str | None = None) -> int:
     """Bytes of one device's weights in decode layout, as a token reads them."""
     cfg = lora.base_config(decoder.cfg)
     shapes, axes = abstract_params(cfg), logical_axes(cfg)
+    if dtype is not None:
+        shapes = jax.eval_shape(lambda params: quantized.matrices(params, cfg, dtype), shapes)
     if not cfg.tie_word_embeddings:
         shapes, axes = ({k: x for k, x in tree.items() if k != "embed"} for tree in (shapes, axes))
     layout = sharding.shardings(mesh, axes, sharding.DECODE)
-    if dtype is not None:
-        shapes = jax.eval_shape(lambda params: quantized.matrices(params, cfg, dtype), shapes)
 
     def size(where, x):
         if isinstance(x, quantized.Quantized):
