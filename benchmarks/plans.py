@@ -7,7 +7,8 @@
 Each phase is compiled by `python -m gopd_jax.plan` in a process of its own, one after another, so
 that one which crashes or is killed for its memory is told as such and the others go on. An answer
 is a line of the record: what has one is not compiled again, so a run that was stopped continues,
-and what failed is tried again. Delete the record to begin anew. Needs libtpu, and hours; the
+and what failed is tried again. Answers to another preset than configs/qwen3.py is now are passed
+over; delete the record to begin anew all the same. Needs libtpu, and hours; the
 compiler takes several GB. The exit status is 1 while a phase has no answer.
 """
 
@@ -24,12 +25,12 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
+from benchmarks.plans_record import ANSWERED, Record
 from gopd_jax.planning.chips import GIB
 from gopd_jax.planning.phases import PHASES
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 3600.0  # seconds for a process: a phase, or all changes that are tried where one fails
-ANSWERED = (0, 1)  # it fits, it does not
 PRESETS = ("1.7b", "4b_moe", "8b")
 # The preset's mesh is for 64 chips; on 256, as many ways along the heads as all models divide.
 WIDE = ("--config.mesh.fsdp=32", "--config.mesh.tensor=8", "--config.batch.microbatches=32")
@@ -115,44 +116,6 @@ def why(status: int | None, said: str) -> str:
         return f"killed by signal {-status}{memory}"
     lines = [line for line in said.splitlines() if line.startswith("the compiler failed")]
     return (lines[0] if lines else last)[:300]
-
-
-class Record:
-    """Answers by cell and phase, kept in a file of JSON lines; the last of each counts.
-
-    A line {"note": text} says what a reader of these answers has to know; it goes with them.
-    """
-
-    def __init__(self, file: Path):
-        self.file, self.of, self.note = file, {}, ""
-        for text in file.read_text().splitlines() if file.is_file() else ():
-            try:
-                line = json.loads(text)
-            except json.JSONDecodeError:
-                continue  # the line that a killed run was writing
-            self._keep(line)
-
-    def _keep(self, line: dict) -> None:
-        if "note" in line:
-            self.note = line["note"]
-            return
-        key = line["preset"], line["topology"], tuple(line["flags"]), line["what"]
-        self.of[key] = line
-
-    def get(self, cell: Cell, what: str) -> dict | None:
-        return self.of.get((cell.preset, cell.topology, cell.flags, what))
-
-    def answered(self, cell: Cell, what: str) -> bool:
-        line = self.get(cell, what)
-        return line is not None and line["status"] in ANSWERED
-
-    def add(self, line: dict) -> None:
-        self._keep(line)
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        text = self.file.read_text() if self.file.is_file() else ""
-        begun = "" if not text or text.endswith("\n") else "\n"
-        with self.file.open("a") as out:
-            out.write(f"{begun}{json.dumps(line)}\n")
 
 
 def wanted(cell: Cell, record: Record, names=WHAT) -> Iterator[str]:

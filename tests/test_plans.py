@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks import plans
-from benchmarks.plans import CELLS, Cell, Record
+from benchmarks.plans import CELLS, Cell
+from benchmarks.plans_record import Record
+from configs import qwen3
+from gopd_jax import config
 from gopd_jax.planning.phases import PHASES
 
 CELL = Cell("8b", "v6e:16x16")
@@ -36,8 +39,10 @@ def phase(peak=2**30, fits=True):
     }
 
 
-def plan_of(name, **options):
-    batch = {"prompts": 1024, "rollouts": 1}
+def plan_of(name, length=16384, **options):
+    c = config.to_dict(qwen3.get_config("8b"))
+    del c["lora"], c["batch"]["attention"]  # as if they had come later
+    c["sampling"]["completion_length"] = length
     return {
         "mesh": {"data": 1, "fsdp": 32, "tensor": 8},
         "usable_bytes": 32 * 2**30,
@@ -46,7 +51,7 @@ def plan_of(name, **options):
         "assumed": ["this and that"],
         "verdict": "fits",
         "change_that_fits": None,
-        "config": {"batch": batch, "sampling": {"completion_length": 100}},
+        "config": c,
     }
 
 
@@ -118,6 +123,20 @@ def test_what_has_an_answer_is_not_asked_again_after_a_kill_in_the_middle_of_a_l
     assert [*plans.wanted(Cell("8b", "v5p:4x4x4"), last)] == [*PHASES]
 
 
+def test_what_was_answered_of_other_settings_is_asked_again(tmp_path):
+    record = Record(tmp_path / "plans.jsonl")
+    record.add(line(written=plan_of("fused", length=100)))
+    before_widths = plan_of("fused")
+    del before_widths["config"]["sampling"]["buckets"]  # which the preset sets to 8
+    record.add(line(written=before_widths))
+    assert [*plans.wanted(CELL, record, ("fused",))] == ["fused"]
+    assert plans.document(record).count("not compiled yet") == len(CELLS)
+    of_flags = plan_of("fused")
+    of_flags["config"]["mesh"]["fsdp"] = 32  # the cell's, not the preset's
+    record.add(line(written=of_flags))
+    assert record.answered(CELL, "fused")
+
+
 def test_a_change_is_asked_for_only_where_the_step_does_not_fit(tmp_path):
     record = Record(tmp_path / "plans.jsonl")
     for name in PHASES:
@@ -139,8 +158,8 @@ def test_the_document_has_every_cell_and_the_stages_seconds(tmp_path):
         record.add(line(name, written=plan_of(name)))
     text = plans.document(record)
     assert text.count("not compiled yet") == len(CELLS) - 1
-    # 1024 rows of 100 tokens in the three stages' thirty seconds; the fused program's are the same
-    assert "| 1 × 32 × 8 | 1.00 of 32.00 | fits | 30 s, 3,413 tokens/s |" in text
+    # 1024 rows of 16384 tokens in the three stages' 30 seconds; the fused program's are the same
+    assert "| 1 × 32 × 8 | 1.00 of 32.00 | fits | 30 s, 559,241 tokens/s |" in text
     assert "| 3.00 GiB, 1.50 × (2.00 ×) | 4 GiB, 2.00 × |" in text
     assert "| update | 1.00 | 0.25 | 0.50 | fits | 3.0 | 61 s |" in text
     assert "- fused: 0.50 GiB f32[1,4,8,8] of dot_general" in text
@@ -175,7 +194,6 @@ def test_phases_that_are_named_are_asked_for_alone(tmp_path):
 
 
 def test_the_flags_of_each_cell_make_a_mesh_of_its_slice_and_divide_the_rows():
-    from configs import qwen3
     from gopd_jax.planning.chips import n_devices
 
     for cell in CELLS:
