@@ -1,11 +1,11 @@
 """What `benchmarks.plans` has been answered: lines of JSON, those of other settings passed over."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 from configs import qwen3
-from gopd_jax.config import Config, Model, to_dict
+from gopd_jax.config import Config, Model
+from gopd_jax.problems import leaves
 
 ANSWERED = (0, 1)  # it fits, it does not
 
@@ -59,20 +59,23 @@ def of_the_preset(line: dict) -> bool:
     preset, blank = qwen3.get_config(line["preset"]), Model(path="")
     teachers = dict.fromkeys(preset.teachers, blank)
     default = Config(workdir="", student=blank, reference=blank, teachers=teachers)
-    then = settings_of(default) | dict(leaves(line["plan"]["config"]))
+    defaults = {key: value for key, value, _ in leaves(default)}
     given = {flag.removeprefix("--config.").partition("=")[0] for flag in line["flags"]}
-    return all(then.get(key) == x for key, x in settings_of(preset).items() if key not in given)
+    return all(
+        _recorded(line["plan"]["config"], key, _plain(defaults.get(key))) == _plain(value)
+        for key, value, _ in leaves(preset)
+        if key not in given
+    )
 
 
-def settings_of(config: Config) -> dict[str, object]:
-    """Dotted name -> value, as in JSON."""
-    return dict(leaves(json.loads(json.dumps(to_dict(config)))))
+def _recorded(tree, key: str, default):
+    for name in key.split("."):
+        if not isinstance(tree, dict) or name not in tree:
+            return default
+        tree = tree[name]
+    return tree
 
 
-def leaves(tree: dict, before: str = "") -> Iterator[tuple[str, object]]:
-    """(dotted name, value) of every setting."""
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            yield from leaves(value, f"{before}{name}.")
-        else:
-            yield before + name, value
+def _plain(value):
+    """As JSON gives it back."""
+    return json.loads(json.dumps(value))

@@ -10,6 +10,7 @@ status: 0 if it fits, 1 if not, 2 for wrong input, 3 where the compiler itself f
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import sys
 from pathlib import Path
@@ -48,7 +49,12 @@ class Plan:
     run: abstract.Run
     topology: Topology
     found: tuple[Compiled, ...]
-    mfu: float = 0.5
+    mfu: float  # of the chip's peak, that products were assumed to reach
+
+    @functools.cached_property
+    def faster(self) -> dict[str, float]:
+        """Flags -> seconds of a step that reading less would save, by the estimate."""
+        return changes.faster(self.run, self.found, self.topology, mfu=self.mfu)
 
     @property
     def too_large(self) -> list[Compiled]:
@@ -83,7 +89,7 @@ def plan(
     return Plan(config=config, run=run, topology=topology, found=tuple(found), mfu=mfu)
 
 
-def first_that_fits(this: Plan, *, mfu: float, say) -> tuple[str | None, list[str]]:
+def first_that_fits(this: Plan, *, say) -> tuple[str | None, list[str]]:
     """(flags of the first single change under which all that failed fits, those that do not).
 
     Changes that make no sense with the mesh or the batch are left out, and those that cannot fit or
@@ -99,7 +105,7 @@ def first_that_fits(this: Plan, *, mfu: float, say) -> tuple[str | None, list[st
         if space.bound(run, names) > usable or space.guess(run, names) > 0.995 * now:
             continue
         say(f"trying {told}")
-        again = plan(config, this.topology, names=names, mfu=mfu, say=say)
+        again = plan(config, this.topology, names=names, mfu=this.mfu, say=say)
         if not again.too_large:
             return told, tried
         tried.append(told)
@@ -161,9 +167,9 @@ def _estimate(this: Plan) -> list[str]:
     )
     if large := [one.name for one in this.too_large]:
         lines.append(f"  as if {', '.join(large)} did fit")
-    if better := changes.faster(this.run, this.found, this.topology, mfu=this.mfu):
+    if this.faster:
         lines.append("faster by this estimate, each alone and not compiled:")
-        for told, seconds in better.items():
+        for told, seconds in this.faster.items():
             other = "; another sampler, docs/eight_bits.md" if "int8" in told else ""
             lines.append(f"  {told}: {seconds:.2f} s less{other}")
     return [*lines, *(f"  assumed: {text}" for text in phases.assumed(this.run))]
@@ -196,7 +202,7 @@ def to_json(this: Plan, verdict: str, change: str | None) -> dict:
         "usable_bytes": None if chip is None else chip.usable,
         "phases": rows,
         "estimated_seconds": phases.parts(this.found),
-        "faster": changes.faster(this.run, this.found, this.topology, mfu=this.mfu),
+        "faster": this.faster,
         "assumed": list(phases.assumed(this.run)),
         "verdict": verdict,
         "change_that_fits": change,
@@ -275,7 +281,7 @@ def _plan(config: settings.Config, topology: Topology, say) -> tuple[dict, bool]
     verdict, change = verdict_of(this), None
     print(f"\n{verdict}", flush=True)
     if this.too_large and CHANGES.value:
-        change, tried = first_that_fits(this, mfu=MFU.value, say=say)
+        change, tried = first_that_fits(this, say=say)
         if tried:
             print("does not fit with:\n" + "\n".join(f"  {told}" for told in tried))
         print(f"fits with: {change}" if change else "no single change that was tried fits")
