@@ -7,6 +7,7 @@ device of the mesh has to exist.
 import dataclasses
 import math
 from pathlib import Path
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from configs import exopd, qwen3
 from gopd_jax import recipe, sharding
 from gopd_jax.batching import decode_copy
 from gopd_jax.config import Lora, Mesh
+from gopd_jax.models import cache as caching
 from gopd_jax.models import decoder as lm
 from gopd_jax.models.params import abstract_params
 from gopd_jax.planning import abstract
@@ -115,7 +117,7 @@ def decode_params(mesh, decoder):
 
 
 def decode_cache(mesh, run):
-    """Keys and values of the whole batch, laid out as decoder.prefill constrains them."""
+    """Keys and values of the whole batch on TPUs, laid out as decoder.prefill constrains them."""
     c, decoder = run.config, run.recipe.student
     n_rows, width = c.batch.prompts * c.batch.rollouts, c.data.prompt_length
     length = width + c.sampling.completion_length
@@ -125,7 +127,8 @@ def decode_cache(mesh, run):
         return cache.k_NBKLE, cache.v_NBKLE
 
     tokens = (jax.ShapeDtypeStruct((n_rows, width), dtype) for dtype in (jnp.int32, bool))
-    with sharding.use(run.recipe.mesh, sharding.DECODE):
+    on_tpus = mock.patch.object(caching, "platform", return_value="tpu")
+    with on_tpus, sharding.use(run.recipe.mesh, sharding.DECODE):
         found = constraints(fill, abstract_params(decoder.cfg), *tokens)
     return {
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, where.spec))

@@ -32,6 +32,7 @@ generate = jax.jit(
 )
 N_ROWS, WIDTH, NEW = 24, 5, 12
 DTYPES = list(quantized.DTYPES)
+PLATFORMS = ["cpu", "tpu"]  # which have keys lie otherwise
 
 
 def random(*shape, seed=0):
@@ -119,24 +120,36 @@ def test_a_model_of_rounded_weights_is_the_model_with_these_weights(name, dtype)
     np.testing.assert_allclose(logits(made), want, atol=2e-4 * np.abs(want).max())
 
 
+@pytest.mark.parametrize("platform", PLATFORMS)
 @pytest.mark.parametrize("buckets", [1, 3])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["qwen3", "gemma3_text"])
-def test_a_rounded_cache_holds_what_was_appended_rounded_once(name, dtype, buckets):
-    """Beside a cache of full width, whose every new key and value is rounded by hand."""
+def test_a_rounded_cache_holds_what_was_appended_rounded_once(
+    name, dtype, buckets, platform, monkeypatch
+):
+    """Beside a cache of full width that holds the same numbers.
+
+    They are taken over once they have been found to lie as near to the keys and values as rounding
+    by hand does, for of two that are equally near either may be had.
+    """
     cfg = MODELS[name]
     decoder, params = lm.Decoder(cfg), random_params(cfg)
     tokens_BL, valid_BL = families.batch()
     prompt = tokens_BL[:, :N_PROMPT], valid_BL[:, :N_PROMPT]
     decode = jax.jit(lm.decode, static_argnums=0)
+    monkeypatch.setattr(caching, "platform", lambda: platform)
 
-    def rounded(x, of):  # rounding what is rounded changes nothing, so slots of before stay
-        return jnp.where(of, quantized.full(quantized.quantize(x, dtype, (4,)), "float32"), x)
-
-    def by_hand(cache, first, last):
-        of = ((np.arange(LENGTH) >= first) & (np.arange(LENGTH) < last))[:, None]
-        k, v = (rounded(x, of) for x in (cache.k_NBKLE, cache.v_NBKLE))
-        return cache.replace(k_NBKLE=k, v_NBKLE=v)
+    def taken_over(plain, cache, n):
+        """plain with the first n slots' numbers of cache, and these alone."""
+        held = {}
+        for name, slots in zip(("k_NBKLE", "v_NBKLE"), cache.slots):
+            exact, got = getattr(plain, name), getattr(cache, name)
+            by_hand = quantized.quantize(exact, dtype, (7 - slots,))
+            off, least = (np.abs(quantized.full(x, "float32") - exact) for x in (got, by_hand))
+            of = (np.arange(LENGTH) < n).reshape(-1, *(1,) * (4 - slots))
+            assert ((off <= least + 1e-3 * by_hand.scale) | ~of).all()
+            held[name] = jnp.where(of, quantized.full(got, "float32"), exact)
+        return plain.replace(**held)
 
     _, plain = lm.prefill(decoder, params, *prompt, length=LENGTH)
     options = {
@@ -146,13 +159,29 @@ def test_a_rounded_cache_holds_what_was_appended_rounded_once(name, dtype, bucke
         "cache_dtype": dtype,
     }
     _, cache = lm.prefill(decoder, params, *prompt, **options)
-    plain = by_hand(plain, 0, N_PROMPT)
+    plain = taken_over(plain, cache, N_PROMPT)
     for t in range(N_PROMPT, LENGTH):
         got, cache = decode(decoder, params, tokens_BL[:, t], cache)
         want, plain = decode(decoder, params, tokens_BL[:, t], plain)
-        plain = by_hand(plain, t, t + 1)
-        np.testing.assert_allclose(got, want, atol=2e-4)
+        np.testing.assert_allclose(got, want, atol=2e-5)
+        plain = taken_over(plain, cache, t + 1)
     assert cache.k_NBKLE.values.dtype == dtype
+
+
+@pytest.mark.parametrize("slots", [None, 5])
+@pytest.mark.parametrize("cache_dtype", [None, "int8"])
+def test_where_a_cpus_mesh_is_set_keys_lie_as_its_products_want_them(sample, slots, cache_dtype):
+    decoder, params = model("qwen3")
+    tokens_BL, valid_BL = families.batch()
+    filled = jax.jit(lambda: lm.prefill(decoder, params, tokens_BL, valid_BL, length=LENGTH)[1])
+    options = {"slots": slots, "cache_dtype": cache_dtype, "buckets": 3}
+    plain, want = filled(), sample("qwen3", **options)
+    with sharding.use(sharding.make_mesh(None, 1, 1, devices=jax.devices()[:1])):
+        turned, got = filled(), sample("qwen3", **options)
+    assert (plain.slots, turned.slots) == ((3, 3), (4, 3))
+    np.testing.assert_allclose(turned.k_NBKLE.swapaxes(3, 4), plain.k_NBKLE, atol=1e-6)
+    np.testing.assert_allclose(turned.v_NBKLE, plain.v_NBKLE, atol=1e-6)
+    same(got, want)
 
 
 def test_prompts_are_cut_to_the_width_of_the_longest():
@@ -169,7 +198,9 @@ def test_prompts_are_cut_to_the_width_of_the_longest():
         np.testing.assert_allclose(got, want, atol=1e-5)
 
 
-def test_reading_takes_the_least_width_that_holds_what_is_there():
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_reading_takes_the_least_width_that_holds_what_is_there(platform, monkeypatch):
+    monkeypatch.setattr(caching, "platform", lambda: platform)
     kv = (jnp.zeros((1, 1, 1, 3, 2)),) * 2
     valid_BP, position_BP = jnp.ones((1, 3), bool), jnp.arange(3)[None]
     cache = caching.filled(kv, valid_BP, position_BP, length=12, buckets=3, dtype=None)
@@ -177,7 +208,7 @@ def test_reading_takes_the_least_width_that_holds_what_is_there():
     for index, width in ((3, 4), (4, 4), (5, 8), (8, 8), (9, 12), (12, 12), (30, 12)):
         there = cache.replace(index=jnp.int32(index))
         assert caching.at_width(jnp.int32, there) == width, index
-        assert caching.read(there, 0, width)[0].shape == (1, 1, width, 2)
+        assert [x.shape for x in caching.read(there, 0, width)] == [(1, 1, width, 2)] * 2
     assert caching.widths(16384, 4) == (4096, 8192, 12288, 16384)
     assert caching.widths(7, 1) == (7,)
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from gopd_jax.models.ops import constrain
+from gopd_jax.models.ops import constrain, platform
 from gopd_jax.models.quantized import Quantized, quantize
 from gopd_jax.types import Array
 
@@ -30,7 +30,8 @@ class Cache:
     k_NBKLE, v_NBKLE after rope, in the decoder's dtype or Quantized token by token; valid_BL bool,
     slots that hold a token of the row; position_BL int32, its rope position; next_B int32, that of
     the row's next token; index int32, appends so far and the prompt's length: the next one goes to
-    slot index % L. widths: those up to which slots are read, the last is L.
+    slot index % L. widths: those up to which slots are read, the last is L. slots: the axis of
+    slots in keys and in values; where it is (4, 3), keys are k_NBKEL.
     """
 
     k_NBKLE: Array | Quantized
@@ -40,6 +41,7 @@ class Cache:
     next_B: Array
     index: Array
     widths: tuple[int, ...] = struct.field(pytree_node=False)
+    slots: tuple[int, int] = struct.field(pytree_node=False)
 
 
 def widths(length: int, n: int) -> tuple[int, ...]:
@@ -53,16 +55,19 @@ def filled(kv, valid_BP, position_BP, *, length: int, buckets: int, dtype: str |
     buckets: widths at which it may be read. dtype: of quantized.DTYPES, or None: kv's own.
     """
     room = length - valid_BP.shape[1]
-    if dtype is not None:
-        kv = [quantize(x, dtype, axes=(4,)) for x in kv]
+    # A CPU's products want their second factor so: else it turns the keys round for each token,
+    # which takes longer than the product. On a TPU a token would be a column in 128 slots' tile.
+    slots = (4, 3) if platform() == "cpu" else (3, 3)
 
-    def fill(x):
-        x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, room), (0, 0)))
-        return constrain(x, None, "batch", "kv_heads", "length", None)
+    def fill(axis, x):
+        x = jnp.pad(x, [(0, room if i == axis else 0) for i in range(x.ndim)])
+        names = {1: "batch", 2: "kv_heads", axis: "length"}
+        return constrain(x, *(names.get(i) for i in range(x.ndim)))
 
-    k_NBKLE, v_NBKLE = jax.tree.map(fill, tuple(kv))
+    k_NBKLE, v_NBKLE = _by_slots(fill, slots, _as_stored(kv, slots, dtype))
     return Cache(
         widths=widths(length, buckets),
+        slots=slots,
         k_NBKLE=k_NBKLE,
         v_NBKLE=v_NBKLE,
         valid_BL=jnp.pad(valid_BP, ((0, 0), (0, room))),
@@ -73,13 +78,16 @@ def filled(kv, valid_BP, position_BP, *, length: int, buckets: int, dtype: str |
 
 
 def read(cache: Cache, layer, width: int):
-    """(k_BKSE, v_BKSE) of a layer in the first `width` slots, as they are stored."""
+    """(k_BKSE, v_BKSE) of a layer in the first `width` slots, each Quantized if it is stored so."""
 
-    def one(x):
-        shape = (1, *x.shape[1:3], width, x.shape[4])
+    def one(axis, x):
+        shape = 1, *x.shape[1:axis], width, *x.shape[axis + 1 :]
         return jax.lax.dynamic_slice(x, (layer, 0, 0, 0, 0), shape)[0]
 
-    return jax.tree.map(one, (cache.k_NBKLE, cache.v_NBKLE))
+    k, v_BKSE = _by_slots(one, cache.slots, (cache.k_NBKLE, cache.v_NBKLE))
+    if cache.slots[0] == 4:
+        k = jax.tree.map(lambda x: x.swapaxes(2, 3), k)  # products take it so: nothing is moved
+    return k, v_BKSE
 
 
 def at_width(function, cache: Cache):
@@ -93,10 +101,13 @@ def at_width(function, cache: Cache):
 def append(cache: Cache, kv) -> Cache:
     """The cache with one token more in every row. kv: (k_NBK1E, v_NBK1E) of them."""
     slot = cache.index % cache.valid_BL.shape[1]
-    past, kv = (cache.k_NBKLE, cache.v_NBKLE), _as_stored(cache, kv)
-    k_NBKLE, v_NBKLE = jax.tree.map(
-        lambda c, x: jax.lax.dynamic_update_slice(c, x, (0, 0, 0, slot, 0)), past, kv
-    )
+
+    def put(axis, c, x):
+        return jax.lax.dynamic_update_slice_in_dim(c, x, slot, axis)
+
+    past = cache.k_NBKLE, cache.v_NBKLE
+    new = _as_stored(kv, cache.slots, _dtype(cache))
+    k_NBKLE, v_NBKLE = _by_slots(put, cache.slots, past, new)
     here_L = jnp.arange(cache.valid_BL.shape[1]) == slot
     return cache.replace(
         k_NBKLE=k_NBKLE,
@@ -108,10 +119,24 @@ def append(cache: Cache, kv) -> Cache:
     )
 
 
-def _as_stored(cache: Cache, kv):
-    if not isinstance(cache.k_NBKLE, Quantized):
-        return tuple(kv)
-    return tuple(quantize(x, str(cache.k_NBKLE.values.dtype), axes=(4,)) for x in kv)
+def _by_slots(function, slots: tuple[int, int], *of_kv):
+    """(keys, values): function(axis of slots, an array of each) of what keys and values hold."""
+    return tuple(
+        jax.tree.map(functools.partial(function, axis), *own) for axis, *own in zip(slots, *of_kv)
+    )
+
+
+def _dtype(cache: Cache) -> str | None:
+    k = cache.k_NBKLE
+    return str(k.values.dtype) if isinstance(k, Quantized) else None
+
+
+def _as_stored(kv, slots: tuple[int, int], dtype: str | None):
+    """(k_NBKLE, v_NBKLE) as a cache with such slots has them, each token in 8 bits if so told."""
+    k, v = kv if dtype is None else (quantize(x, dtype, axes=(4,)) for x in kv)
+    if slots[0] == 4:
+        k = jax.tree.map(lambda x: x.swapaxes(3, 4), k)
+    return k, v
 
 
 def admit(cache: Cache, kv, valid_BP, position_BP, taken_B) -> Cache:
@@ -124,15 +149,15 @@ def admit(cache: Cache, kv, valid_BP, position_BP, taken_B) -> Cache:
     first = cache.index - n_prompt
 
     def write(p, caches):
-        start = (0, 0, 0, (first + p) % n_slots, 0)
+        slot = (first + p) % n_slots
 
-        def put(c, x):
-            shape = (*c.shape[:3], 1, c.shape[4])
-            old = jax.lax.dynamic_slice(c, start, shape)
+        def put(axis, c, x):
+            old = jax.lax.dynamic_slice_in_dim(c, slot, 1, axis)
             new = jnp.where(taken_B[None, :, None, None, None], x, old)
-            return jax.lax.dynamic_update_slice(c, new, start)
+            return jax.lax.dynamic_update_slice_in_dim(c, new, slot, axis)
 
-        return jax.tree.map(put, caches, _as_stored(cache, kv(p)))
+        new = _as_stored(kv(p), cache.slots, _dtype(cache))
+        return _by_slots(put, cache.slots, caches, new)
 
     caches = cache.k_NBKLE, cache.v_NBKLE
     k_NBKLE, v_NBKLE = jax.lax.fori_loop(0, n_prompt, write, caches)

@@ -121,3 +121,9 @@ def shards(name: str) -> int:
     """Among how many devices the rules in force divide a logical axis."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in mesh_axes(name))
+
+
+def platform() -> str | None:
+    """What the mesh's devices are: "cpu", "tpu", ..; None where there is no mesh, or no device."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return None if device is None else device.platform
