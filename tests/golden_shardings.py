@@ -77,7 +77,8 @@ def text(config, n_devices: int) -> str:
         "train params": state.params,
         "train moments": state.opt_state,
         "decode params": decode_params(mesh, made.student),
-        "decode cache": decode_cache(mesh, run),
+        "decode cache": decode_cache(mesh, run, "tpu"),
+        "decode cache on CPUs": decode_cache(mesh, run, "cpu"),
     }
     lines = [f"mesh {' x '.join(f'{name} {size}' for name, size in sharding.shape(mesh).items())}"]
     for part, tree in parts.items():
@@ -116,8 +117,8 @@ def decode_params(mesh, decoder):
     return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
 
 
-def decode_cache(mesh, run):
-    """Keys and values of the whole batch on TPUs, laid out as decoder.prefill constrains them."""
+def decode_cache(mesh, run, platform: str):
+    """Keys and values of the whole batch, laid out as decoder.prefill constrains them there."""
     c, decoder = run.config, run.recipe.student
     n_rows, width = c.batch.prompts * c.batch.rollouts, c.data.prompt_length
     length = width + c.sampling.completion_length
@@ -127,8 +128,8 @@ def decode_cache(mesh, run):
         return cache.k_NBKLE, cache.v_NBKLE
 
     tokens = (jax.ShapeDtypeStruct((n_rows, width), dtype) for dtype in (jnp.int32, bool))
-    on_tpus = mock.patch.object(caching, "platform", return_value="tpu")
-    with on_tpus, sharding.use(run.recipe.mesh, sharding.DECODE):
+    there = mock.patch.object(caching, "platform", return_value=platform)
+    with there, sharding.use(run.recipe.mesh, sharding.DECODE):
         found = constraints(fill, abstract_params(decoder.cfg), *tokens)
     return {
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, where.spec))

@@ -92,7 +92,7 @@ class Block(nn.Module):
         )
         k_BLKE = rotate(k_BLKE, view.rope)
         # Heads before positions: every product below is then a batched matrix product as it lies,
-        # and a cache in this order is read without a transposed copy for each token.
+        # those with the cache too, which has them in this order.
         k_BKLE, v_BKLE = k_BLKE.swapaxes(1, 2), v_BLKE.swapaxes(1, 2)
         if past is None:
             out_BLHE = attention.whole_rows(
