@@ -49,11 +49,12 @@ class Model:
         return hf.load_params(self.path, self.decoder.cfg, shardings=layout, dtype="stored")
 
     def identity(self) -> dict[str, str]:
-        """What makes its numbers: weights, tokenizer, template, end tokens, dtype."""
+        """What makes its numbers: weights, tokenizer and how it encodes, template, ends, dtype."""
         chat = self.tokenizer
         return {
             "model": hf.weights_digest(self.path),
             "tokenizer": chat.fingerprint(),
+            "encoding": chat.encoding_fingerprint(),
             "template": chat.template_fingerprint(),
             "end tokens": json.dumps(chat.eos_ids),
             "dtype": self.decoder.dtype,
@@ -118,6 +119,24 @@ def source(data) -> Iterator:
     if isinstance(data, str | os.PathLike):
         return records.rows(str(data))
     return ((f"row[{i}]", row) for i, row in enumerate(data))
+
+
+def require_same_tokenizer(data, tokenizer: tokenizers.Tokenizer) -> None:
+    """ValueError where a file of rows was made by one of these commands with another tokenizer.
+
+    Its ids would all be read, and mean something else.
+    """
+    if not isinstance(data, str | os.PathLike):
+        return
+    beside = Path(f"{os.fspath(data)}{IDENTITY}")
+    ours = tokenizer.fingerprint()
+    theirs = json.loads(beside.read_text()).get("tokenizer") if beside.is_file() else ours
+    if theirs != ours:
+        raise ValueError(
+            f"the ids of {data} are of another tokenizer ({theirs} in {beside.name}) than that of "
+            f"{tokenizer.path} ({ours}); give a model of the same, or rows of text without ids. "
+            f"Where ids of the one are ids of the other, move {beside.name} away"
+        )
 
 
 def finite(logp_C: np.ndarray, where: str) -> list[float]:

@@ -225,11 +225,12 @@ def to_dict(config: Config) -> dict:
 MAY_CHANGE = ("workdir", "checkpoints", "diagnostics", "preflight", "profile", "mesh")
 # Parts of others of which the same is true.
 PARTS_MAY_CHANGE = (
-    *(".fingerprint", "lora.export"),
-    *("sampling.slots", "sampling.buckets", "sampling.prompt_buckets"),
+    *(".fingerprint", ".lora.export"),
+    *(".sampling.slots", ".sampling.buckets", ".sampling.prompt_buckets"),
 )
 # Read from files, which are identified by their content; and where weights lie.
-BY_CONTENT = ("path", "data.train", "data.test", "placement")
+BY_CONTENT = (".path", ".data.train", ".data.test", ".placement")
+BY_TASK = ("objective", "routes")  # whose last names are tasks, "path" perhaps
 # Options of later versions: absent from a run's identity while they are at their defaults, so that
 # a run of an earlier version is continued.
 LATER = {
@@ -261,7 +262,9 @@ def identity(config: Config) -> dict[str, str]:
     found = {}
     for key, value, kind in problems.leaves(config):
         ends = key == "steps" and config.optimizer.schedule == "constant"
-        if key.split(".")[0] in MAY_CHANGE or key.endswith(BY_CONTENT + PARTS_MAY_CHANGE) or ends:
+        group = key.split(".")[0]
+        part = group not in BY_TASK and f".{key}".endswith(BY_CONTENT + PARTS_MAY_CHANGE)
+        if group in MAY_CHANGE or part or ends:
             continue
         value = FORMERLY.get(key, {}).get(value, value)
         later = LATER.get(key, LATER.get(key.split(".")[-1], MISSING))

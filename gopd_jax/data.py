@@ -298,4 +298,4 @@ def _completion(record: Record, tokenizer: Tokenizer, stop: Sequence[int] = ()) 
             f"{record.source}: its completion holds the end token {sorted(ends)}; take it out of "
             "the text, to which one end is added"
         )
-    return [*ids, tokenizer.eos_ids[0]]
+    return [*ids, tokenizer.end_id]

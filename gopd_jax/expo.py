@@ -69,9 +69,14 @@ def write(base, teachers: Sequence, out, *, alpha: float) -> None:
                 "models of one shape only"
             )
         tokenizers.require_same_ids(ids, tokenizers.load(teacher), str(teacher))
-    params = extrapolate(
-        hf.load_params(base, cfg), [hf.load_params(t, cfg) for t in teachers], alpha=alpha
-    )
+    start, ends = hf.load_params(base, cfg), [hf.load_params(t, cfg) for t in teachers]
+    for teacher, end in zip(teachers, ends):
+        if jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), start, end)):
+            raise ValueError(
+                f"the weights of {teacher} are those of {base}, so there is nothing to "
+                "extrapolate; give what was trained from it"
+            )
+    params = extrapolate(start, ends, alpha=alpha)
     if not all(bool(np.isfinite(x).all()) for x in jax.tree.leaves(params)):
         raise ValueError(
             f"alpha is {alpha}, too large for these weights: some leave the range of float32; give "
@@ -81,11 +86,14 @@ def write(base, teachers: Sequence, out, *, alpha: float) -> None:
         hf.save(out, cfg, params, tokenizer_dir=base)
 
 
+# What an instruct model may have otherwise than its base; the new checkpoint has the base's.
+_OF_USE = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
+
+
 def _differing(theirs: ModelConfig, ours: ModelConfig) -> str:
-    """The fields that differ, with both values."""
-    pairs = {
-        f.name: (getattr(theirs, f.name), getattr(ours, f.name)) for f in dataclasses.fields(ours)
-    }
+    """The fields that differ, with both values, but for those that no weight depends on."""
+    names = [f.name for f in dataclasses.fields(ours) if f.name not in _OF_USE]
+    pairs = {name: (getattr(theirs, name), getattr(ours, name)) for name in names}
     return ", ".join(f"{name} is {a!r} and {b!r}" for name, (a, b) in pairs.items() if a != b)
 
 

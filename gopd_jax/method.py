@@ -137,10 +137,16 @@ def _roles(c, made) -> Iterator[str]:
     o = c.objective
     if made.reference and math.isfinite(o.lam) and c.reference is None:
         why, other = "log T - log R has no R", "lam = 1"
+        own = {"lam_by_row": o.lam_by_row, "task_lam": o.task_lam, "lam_schedule": o.lam_schedule}
+        own = {name: value for name, value in own.items() if value not in (False, {}, "constant")}
+        told = f"objective.lam is {o.lam}"
         if not made.tilts:
             why, other = "anchor has no R", "take the anchor out of objective.regularizers"
+        elif o.lam == 1 and own:  # what tilts is not lam
+            told = ", ".join(f"objective.{name} is {value!r}" for name, value in own.items())
+            other = f"take {' and '.join(own)} out"
         yield (
-            f"objective.lam is {o.lam} and there is no reference, so {why}; set "
+            f"{told} and there is no reference, so {why}; set "
             "--config.reference=build --config.reference.path=... (the student's own path, or the "
             f"teacher's base), or {other}"
         )

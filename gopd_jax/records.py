@@ -99,7 +99,10 @@ def plain(row: Any) -> dict:
 def _plain(value: Any, key: str) -> Any:
     """Numpy's and TFDS's values as Python's: text for bytes, lists for arrays. `key`: its own."""
     if isinstance(value, bytes):
-        return value.decode()
+        try:
+            return value.decode()
+        except UnicodeDecodeError:  # an image, say: whoever wants a text here refuses it
+            return value
     if isinstance(value, str) and not value.isascii():
         try:
             value.encode()

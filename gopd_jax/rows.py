@@ -74,7 +74,7 @@ def read(
     for where, raw in source:
         try:
             content = plain(raw)
-            digest.update(json.dumps(content, sort_keys=True).encode() + b"\n")
+            digest.update(json.dumps(content, sort_keys=True, default=repr).encode() + b"\n")
             row = _row(content, where, tokenizer, scored, raw_prompt, append_eos)
             if (total := row.length + n_new) > n_context:
                 parts = [f"a prompt of {len(row.prompt_ids)}"]
@@ -102,7 +102,7 @@ def _row(content, where, tokenizer, scored, raw_prompt, append_eos) -> Row:
         key = _one_of(COMPLETIONS, content)
         if key == "completion":
             completion_ids = tokenizer.encode(_text(content, key))
-            completion_ids += [tokenizer.eos_ids[0]] * append_eos
+            completion_ids += [tokenizer.end_id] * append_eos
         else:
             completion_ids = _ids(content, key, tokenizer)
     key = _one_of(PROMPTS, content)
@@ -117,12 +117,14 @@ def _row(content, where, tokenizer, scored, raw_prompt, append_eos) -> Row:
         prompt_ids, form = tokenizer.render(turns), "chat"
     if not prompt_ids:
         raise ValueError(f"{key!r} has no tokens; the first token needs one before it")
+    if not isinstance(name := content.get("id"), str | int | float | None):
+        raise ValueError(f"'id' is {type(name).__name__}, neither text nor a number")
     return Row(
         prompt_ids=prompt_ids,
         completion_ids=completion_ids,
         form=form,
         where=where,
-        id=content.get("id"),
+        id=name,
     )
 
 

@@ -87,6 +87,7 @@ def _check(model, temperature, batch, head_chunk) -> None:
 
 
 def _read(model, data, raw_prompt, append_eos) -> tuple[list[rows.Row], str]:
+    command.require_same_tokenizer(data, model.tokenizer)
     return rows.read(
         command.source(data),
         model.tokenizer,

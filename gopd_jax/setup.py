@@ -277,10 +277,10 @@ def _stop_ids(c: settings.Config, chat: tokenizers.Tokenizer) -> tuple[int, ...]
             f"{[chat.contents[i] for i in chat.eos_ids]}"
         )
     ids = tuple(chat.contents.index(token) for token in dict.fromkeys(c.sampling.stop))
-    if c.objective.source == "data" and chat.eos_ids[0] not in ids:
+    if c.objective.source == "data" and chat.end_id not in ids:
         raise ValueError(
             f"sampling.stop is {c.sampling.stop} and the data's completions end with "
-            f"{chat.contents[chat.eos_ids[0]]!r}, the student's own end; name it too"
+            f"{chat.contents[chat.end_id]!r}, the student's own end; name it too"
         )
     return ids
 

@@ -214,6 +214,10 @@ def test_rows_longer_than_the_models_context(root):
         ({"mesh": {"fsdp": 3}}, r"mesh.fsdp \* mesh.tensor = 3 \* 1 does not divide the 8 devices"),
         ({"mesh": {"tensor": 8}}, r"student has 4 along 'heads', which mesh.tensor = 8"),
         ({"reference": None}, r"objective.lam is 1.25 and there is no reference.*or lam = 1"),
+        (
+            {"reference": None, "objective": {"lam": 1.0, "task_lam": {"math": 1.25}}},
+            r"objective.task_lam is {'math': 1.25} and there is no reference.*or take task_lam out",
+        ),
         ({"evaluation": {"problems": 9}}, r"evaluation.problems = 9 .*'math': 3.*ask for 3"),
         ({"teachers": {}}, r"tasks \['code', 'math'\] of data.tasks have no teacher"),
     ],

@@ -203,7 +203,7 @@ def test_identity_is_every_setting_that_changes_a_number():
     keys = {key for key, _, _ in problems.leaves(run())}
     left_out |= {key for key in keys if key.startswith(("mesh.", "checkpoints.", "diagnostics."))}
     passing = (".placement", *settings.PARTS_MAY_CHANGE, *settings.LATER)
-    left_out |= {key for key in keys if key.endswith(passing)}
+    left_out |= {key for key in keys if f".{key}".endswith(passing)}
     left_out.remove("data.prompt_length")  # never off
     assert settings.identity(run()).keys() == keys - left_out
     assert "reference.dtype" in settings.identity(run(reference=Model()))
@@ -212,6 +212,12 @@ def test_identity_is_every_setting_that_changes_a_number():
 def test_an_integer_in_a_preset_and_the_same_number_as_a_flag_are_one_identity():
     assert settings.identity(run(objective=Objective(lam=1))) == settings.identity(run())
     assert settings.identity(run(objective=Objective(lam=2))) != settings.identity(run())
+
+
+def test_settings_of_a_task_are_kept_whatever_its_name():
+    for name in ("path", "xpath", "lora.export"):
+        for changes in ({"objective": Objective(task_lam={name: 2.0})}, {"routes": {name: "math"}}):
+            assert settings.identity(run(**changes)) != settings.identity(run())
 
 
 def test_more_steps_continue_a_run_unless_its_schedule_ends_with_them():

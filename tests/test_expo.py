@@ -1,6 +1,8 @@
 """Extrapolated weights by hand, and between checkpoints on disk."""
 
+import json
 import math
+import shutil
 
 import jax
 import numpy as np
@@ -83,6 +85,25 @@ def test_the_command_refuses_another_architecture(checkpoints, capsys):
     assert "models of one shape only" in said
     assert "vocab_size" not in said
     assert not (path / "out").exists()
+
+
+def test_what_no_weight_depends_on_may_differ(checkpoints):
+    path, _ = checkpoints
+    file = path / "one" / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"pad_token_id": 5, "max_position_embeddings": 99}))
+    argv = [f"--base={path}/base", f"--teachers={path}/one", "--alpha=0.5"]
+    expo.main([*argv, f"--out={path}/out"])
+    assert (path / "out" / "model.safetensors").is_file()
+
+
+def test_a_teacher_that_is_the_base_is_refused(checkpoints, capsys):
+    path, _ = checkpoints
+    shutil.copytree(path / "base", path / "same")
+    said = refused(
+        path, capsys, f"--teachers={path}/one,{path}/same", "--alpha=0.5", f"--out={path}/out"
+    )
+    assert f"the weights of {path}/same are those of {path}/base" in said
 
 
 def refused(path, capsys, *argv):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from gopd_jax import data
+from gopd_jax.models import chat_template
 from gopd_jax.models import tokenizer as tokenizers
 from gopd_jax.models.tokenizer import template_options
 from gopd_jax.reader import CONTEXTS, Reader, find_context
@@ -32,7 +33,7 @@ def chat():
 
 
 def with_template(chat, template):
-    compiled = tokenizers._environment().from_string(template)
+    compiled = chat_template.environment().from_string(template)
     return dataclasses.replace(chat, template=template, compiled=compiled)
 
 

@@ -1,3 +1,4 @@
+import datetime
 import json
 import subprocess
 import sys
@@ -85,6 +86,12 @@ def test_parquet_fills_fields_with_null_that_other_rows_have(tmp_path):
     assert [r.verifier for r in records] == ["text", "math", "text"]
     assert records[0].messages == tuple(named)
     assert records[2].messages == ({"role": "user", "content": "w4"},)
+
+
+def test_columns_that_are_not_read_may_hold_anything(tmp_path):
+    more = {"made": datetime.date(2026, 1, 2), "image": b"\xff\xd8\x00"}
+    path = parquet(tmp_path, [row(0, **more), row(1, **more)])
+    assert len(data.load(path, ("math",)).records["math"]) == 2
 
 
 def test_identity_is_of_the_content_and_not_of_the_file(tmp_path):

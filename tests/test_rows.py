@@ -1,5 +1,6 @@
 """Rows that are read, batched and written: wrong ones, their order, and runs that break off."""
 
+import datetime
 import json
 import signal
 import subprocess
@@ -11,8 +12,9 @@ import numpy as np
 import pytest
 import tiny
 
-from gopd_jax import command, rows, score
+from gopd_jax import command, microworld, rows, score
 from gopd_jax.models import hf
+from gopd_jax.models import tokenizer as tokenizers
 
 CHAT = [{"role": "user", "content": "What is 2 + 3 * 4?"}]
 
@@ -25,6 +27,23 @@ def data():
 def write_rows(path, data):
     path.write_text("".join(json.dumps(row) + "\n" for row in data))
     return path
+
+
+def read(*given):
+    chat = tokenizers.load(microworld.path("base"))
+    source = ((f"row[{i}]", row) for i, row in enumerate(given))
+    return rows.read(source, chat, name="rows", scored=False, raw_prompt=False, n_context=99)
+
+
+def test_fields_that_are_not_read_may_hold_anything():
+    more = {"made": datetime.date(2026, 1, 2), "image": b"\xff\xd8\x00"}
+    found, digest = read({"messages": CHAT} | more)
+    assert len(found) == 1
+    assert digest != read({"messages": CHAT})[1]
+    with pytest.raises(ValueError, match=r"row\[0\]: 'id' is date, neither text nor a number"):
+        read({"messages": CHAT, "id": more["made"]})
+    with pytest.raises(ValueError, match=r"row\[0\]: 'prompt' is empty or no list of turns: b'"):
+        read({"prompt": more["image"]})
 
 
 def test_a_batch_always_holds_the_first_row_that_is_not_done():

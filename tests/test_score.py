@@ -103,7 +103,18 @@ def test_the_end_token_is_added_to_text_alone_and_when_asked_for(model):
     given = [{"prompt": PROMPT, "completion": "7"}, {"prompt": PROMPT, "completion_ids": [9]}]
     given.append({"prompt": PROMPT, "completion": ""})
     ids = [row["token_ids"] for row in score.score_rows(model, given, append_eos=True)]
-    assert ids == [[*chat.encode("7"), chat.eos_ids[0]], [9], [chat.eos_ids[0]]]
+    assert ids == [[*chat.encode("7"), chat.end_id], [9], [chat.end_id]]
+
+
+def test_rows_of_another_tokenizer_are_refused(model, data, tmp_path):
+    path = str(write_rows(tmp_path / "rows.jsonl", data))
+    beside = tmp_path / "rows.jsonl.identity.json"
+    ours = {"command": "generate", "tokenizer": model.tokenizer.fingerprint()}
+    beside.write_text(json.dumps(ours))
+    assert len(score.score_rows(model, path, batch=4)) == len(data)
+    beside.write_text(json.dumps(ours | {"tokenizer": "0123456789abcdef"}))
+    with pytest.raises(ValueError, match=r"another tokenizer \(0123456789abcdef in rows"):
+        score.score_rows(model, path)
 
 
 @pytest.mark.parametrize("options", [{"batch": 1}, {"batch": 16, "head_chunk": 5}], ids=str)

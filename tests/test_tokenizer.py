@@ -136,6 +136,22 @@ def test_decoding_drops_special_tokens_and_ids_of_the_padded_embedding(tmp_path)
     assert tokenizer.decode([*ids, 999]) == "abc"
 
 
+@pytest.mark.parametrize(
+    ("template", "want"),
+    [
+        (TEMPLATE, 258),
+        ("{{ messages[-1].content }}<|endoftext|>", 256),
+        ("{{ messages[-1].content }}", 256),  # writes none
+        ("{{ raise_exception('no') }}", 256),
+    ],
+)
+def test_the_end_to_append_is_the_one_that_the_template_writes(tmp_path, template, want):
+    """Llama 3.1 Instruct and Gemma 3 list another end first."""
+    generation = {"eos_token_id": [256, 258]}
+    tokenizer = tokenizer_lib.load(write(tmp_path, template=template, generation=generation))
+    assert (tokenizer.eos_ids, tokenizer.end_id) == ((256, 258), want)
+
+
 def test_a_date_in_a_template_is_todays(tmp_path):
     import datetime
 

@@ -61,6 +61,9 @@ def test_lists_of_different_lengths_and_malformed_answers_are_errors():
     for answer in ("6", "{", {"entry": "f", "tests": []}, {"entry": "f()", "tests": [1]}, no_want):
         with pytest.raises(ValueError, match=r"answer of memory:1.*needs JSON"):
             verify(["x"], [record("code", answer)])
+    for answer in (r"so \boxed{14}", "#### 18"):
+        with pytest.raises(ValueError, match=r"the answer of memory:1, '.*give the value alone"):
+            verify([r"\boxed{14}"], [record("math", answer)])
     with pytest.raises(ValueError, match=r"cpu_s = 0.5"):
         code([], [], cpu_s=0.5)
 
@@ -87,6 +90,7 @@ def test_lists_of_different_lengths_and_malformed_answers_are_errors():
         ("10/5", "2"),
         ("1,000.5", "2001/2"),
         (r"x^2 + 1", "x^2  +  1"),
+        ("(1,2)", "(1, 2)"),
         (r"\frac{\sqrt{3}}{2}", r"\frac{\sqrt{3}}{2}"),
     ],
 )
@@ -181,6 +185,10 @@ def test_hostile_boxes_are_judged_at_once(completion):
         "import collections as c\nP = c.namedtuple('P', 'x')\ndef f(x): return sum(P(x).x)",
         "print('hello')\ndef f(x):\n    print(x, flush=True)\n    return sum(x)",
         "def f(x):\n    total = 0\n    while x: total += x.pop()\n    return total",
+        "import datetime as d\ndef f(x):\n    d.datetime.strptime('2026', '%Y')\n    return sum(x)",
+        "import time\ndef f(x):\n    time.strptime('2026', '%Y')\n    return sum(x)",
+        "def f(x):\n    assert '\\N{DEGREE SIGN}' == chr(176)\n    return sum(x)",
+        "def f(x):\n    'a'.encode('cp1252').decode('utf-16-le', 'ignore')\n    return sum(x)",
         "import sys\nsys.setrecursionlimit(5000)\n"
         "def f(x): return x[0] + f(x[1:]) if x else 0\nif __name__ == '__main__': 1 / 0",
     ],

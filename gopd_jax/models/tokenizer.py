@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import datetime
 import hashlib
 import itertools
 import json
@@ -13,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import jinja2.ext
 import jinja2.meta
-import jinja2.nodes
-import jinja2.sandbox
 import tokenizers
+
+from gopd_jax.models import chat_template
 
 _AGAIN = (
     "copy it from where the model came from, or write it with transformers: "
@@ -25,29 +23,19 @@ _AGAIN = (
 )
 
 
-class _Generation(jinja2.ext.Extension):
-    """{% generation %} ... {% endgeneration %}, which marks assistant text, renders as its body."""
-
-    tags = {"generation"}
-
-    def parse(self, parser):
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.Scope(body).set_lineno(line)
-
-
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Tokenizer:
     """One model's ids and chat template.
 
     contents[id] is the token's text as the vocabulary spells it, None where no token has the id;
-    eos_ids end a completion, the first is the one to append; pad_id only fills: no mask is read
-    off ids.
+    eos_ids end a completion; end_id, one of them, is the one to append, as the template ends an
+    assistant's turn; pad_id only fills: no mask is read off ids.
     """
 
     path: str
     contents: tuple[str | None, ...]
     eos_ids: tuple[int, ...]
+    end_id: int
     pad_id: int
     template: str
     special: dict[str, str]  # bos_token, eos_token, ... as the template's variables
@@ -72,8 +60,14 @@ class Tokenizer:
         ValueError where the template refuses the messages. A template that asks for today's date
         makes the ids depend on it.
         """
+        return self.encode(self.text(messages, add_generation_prompt, **options))
+
+    def text(
+        self, messages: Sequence[dict[str, str]], add_generation_prompt: bool, **options: Any
+    ) -> str:
+        """What `render` encodes."""
         try:
-            text = self.compiled.render(
+            return self.compiled.render(
                 **self.special,
                 messages=[dict(message) for message in messages],
                 add_generation_prompt=add_generation_prompt,
@@ -84,7 +78,6 @@ class Tokenizer:
             raise ValueError(
                 f"the chat template of {self.path} refuses messages of roles {roles}: {error}"
             ) from error
-        return self.encode(text)
 
     def fits(self, n_rows: int) -> list[str]:
         """What is wrong with an embedding of n_rows under these ids: a sentence, or nothing."""
@@ -126,7 +119,8 @@ class Tokenizer:
 
     def template_variables(self) -> set[str]:
         """Names that the chat template reads."""
-        return jinja2.meta.find_undeclared_variables(_environment().parse(self.template))
+        parsed = chat_template.environment().parse(self.template)
+        return jinja2.meta.find_undeclared_variables(parsed)
 
     def template_fingerprint(self) -> str:
         """Sixteen hex digits of the template, its options and the special tokens that it writes."""
@@ -153,19 +147,21 @@ def load(path: str | Path) -> Tokenizer:
     if "pad_token" in special:
         pad_id = _id_of("pad_token", special, contents, path)
     try:
-        compiled = _environment().from_string(template)
+        compiled = chat_template.environment().from_string(template)
     except jinja2.TemplateError as error:
         raise ValueError(f"the chat template of {path} cannot be read: {error}") from error
-    return Tokenizer(
+    chat = Tokenizer(
         path=str(path),
         contents=contents,
         eos_ids=eos_ids,
+        end_id=eos_ids[0],
         pad_id=pad_id,
         template=template,
         special=special,
         backend=backend,
         compiled=compiled,
     )
+    return dataclasses.replace(chat, end_id=_end_of_turn(chat))
 
 
 def template_options(text: str | None) -> dict[str, Any]:
@@ -311,26 +307,20 @@ def _eos_ids(config: dict, special: dict[str, str], contents: tuple, path: Path)
     return tuple(dict.fromkeys(ids))
 
 
-def _environment() -> jinja2.Environment:
-    """Templates are downloaded text: they run in a sandbox and see plain values only."""
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
-    # Jinja's own tojson escapes HTML, which would change what the model reads.
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    return environment
+def _end_of_turn(chat: Tokenizer) -> int:
+    """The end token that the template writes behind an assistant's text; the first if it has none.
 
-
-def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
-
-
-def _raise_exception(message: str):
-    raise jinja2.TemplateError(message)
+    generation_config.json may list another first: Llama 3.1 Instruct's has <|end_of_text|> before
+    <|eot_id|>, and Gemma 3's <eos> before <end_of_turn>. Models do not write these after a turn.
+    """
+    said = "The answer is 42."
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": said}]
+    try:
+        _, found, after = chat.text(turns, add_generation_prompt=False).rpartition(said)
+    except ValueError:  # it has turns of its own
+        return chat.eos_ids[0]
+    written = chat.encode(after) if found else []
+    return next((i for i in written if i in chat.eos_ids), chat.eos_ids[0])
 
 
 def _digest(value) -> str:

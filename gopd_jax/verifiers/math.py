@@ -22,8 +22,15 @@ def math(completions: Sequence[str], records: Sequence[Record]) -> list[Verdict]
 
     Values are integers, decimals and fractions (a/b, \frac{a}{b}), with thousands separators,
     a sign and surrounding $ allowed: 0.5, 1/2 and \frac{2}{4} are one value. Anything else has to
-    be the same text up to white space.
+    be the same text up to white space. ValueError for an answer that still stands in a solution's
+    \boxed{...} or behind GSM8K's ####: no completion could ever meet it.
     """
+    for record in records:
+        if mark := next((m for m in (r"\boxed", "####") if m in record.answer), None):
+            raise ValueError(
+                f"the answer of {record.source}, {record.answer[-40:]!a}, has {mark}; give the "
+                "value alone, 42 say"
+            )
     return [_judge(c, r.answer) for c, r in zip(completions, records, strict=True)]
 
 
@@ -36,7 +43,10 @@ def _judge(completion: str, answer: str) -> Verdict:
     got_value, want_value = rational(got), rational(want)
     if want_value is not None and got_value is None:
         return Verdict(0.0, f"not a number: {shown}")
-    right = got == want if want_value is None else got_value == want_value
+    if want_value is None:
+        right = "".join(got.split()) == "".join(want.split())
+    else:
+        right = got_value == want_value
     return Verdict(1.0, "equal") if right else Verdict(0.0, f"wrong: {shown}")
 
 

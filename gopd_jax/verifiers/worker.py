@@ -34,6 +34,14 @@ decimal enum fractions functools heapq itertools json math numbers operator rand
 string sys textwrap time types typing
 """
 
+# What these and the interpreter load only when it is used: strptime, "\N{...}", codecs.
+HIDDEN = """
+_strptime unicodedata encodings.ascii encodings.cp1252 encodings.idna encodings.latin_1
+encodings.punycode encodings.raw_unicode_escape encodings.unicode_escape encodings.utf_16
+encodings.utf_16_be encodings.utf_16_le encodings.utf_32 encodings.utf_32_be encodings.utf_32_le
+encodings.utf_8_sig
+"""
+
 # Audit events of ordinary Python. All others (open, socket.*, os.*, ctypes.*, ...) are refused.
 EVENTS = """
 array.__new__ builtins.id compile exec object.__delattr__ object.__getattr__ object.__setattr__
@@ -172,11 +180,12 @@ def _audit(permitted):
 
 
 def guarded_builtins() -> dict:
-    """The builtins of solutions, with an __import__ that knows MODULES alone."""
+    """The builtins of solutions, with an __import__ that knows MODULES, and what these load."""
     permitted, true_import = frozenset(MODULES.split()), builtins.__import__
+    loaded = permitted | frozenset(HIDDEN.split())
 
     def __import__(name, globals=None, locals=None, fromlist=(), level=0):
-        if name not in permitted:
+        if name not in loaded:
             raise ImportError(f"import of {name!r} is not permitted; {sorted(permitted)} are")
         return true_import(name, globals, locals, fromlist, level)
 
@@ -290,7 +299,7 @@ def judge(job, libc, program) -> dict:
 
 
 def main() -> None:
-    for name in MODULES.split():
+    for name in [*MODULES.split(), *HIDDEN.split()]:
         importlib.import_module(name)
     libc = ctypes.CDLL(None)
     program = seccomp_program()
