@@ -130,7 +130,7 @@ def require_same_tokenizer(data, tokenizer: tokenizers.Tokenizer) -> None:
         return
     beside = Path(f"{os.fspath(data)}{IDENTITY}")
     ours = tokenizer.fingerprint()
-    theirs = json.loads(beside.read_text()).get("tokenizer") if beside.is_file() else ours
+    theirs = json.loads(beside.read_text()).get("tokenizer", ours) if beside.is_file() else ours
     if theirs != ours:
         raise ValueError(
             f"the ids of {data} are of another tokenizer ({theirs} in {beside.name}) than that of "

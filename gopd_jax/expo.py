@@ -86,13 +86,14 @@ def write(base, teachers: Sequence, out, *, alpha: float) -> None:
         hf.save(out, cfg, params, tokenizer_dir=base)
 
 
-# What an instruct model may have otherwise than its base; the new checkpoint has the base's.
-_OF_USE = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
+# What a teacher may have otherwise than its base; the new checkpoint has the base's. Its end tokens
+# it may not: they would no longer end what it writes.
+_MAY_DIFFER = ("pad_token_id", "max_position_embeddings")
 
 
 def _differing(theirs: ModelConfig, ours: ModelConfig) -> str:
-    """The fields that differ, with both values, but for those that no weight depends on."""
-    names = [f.name for f in dataclasses.fields(ours) if f.name not in _OF_USE]
+    """The fields that differ and may not, with both values."""
+    names = [f.name for f in dataclasses.fields(ours) if f.name not in _MAY_DIFFER]
     pairs = {name: (getattr(theirs, name), getattr(ours, name)) for name in names}
     return ", ".join(f"{name} is {a!r} and {b!r}" for name, (a, b) in pairs.items() if a != b)
 

@@ -93,6 +93,7 @@ def _check(model, *, temperature, top_p, max_tokens, seed, n, batch) -> None:
 
 
 def _read(model, data, raw_prompt, max_tokens) -> tuple[list[rows.Row], str]:
+    command.require_same_tokenizer(data, model.tokenizer)
     return rows.read(
         command.source(data),
         model.tokenizer,

@@ -117,8 +117,10 @@ def _row(content, where, tokenizer, scored, raw_prompt, append_eos) -> Row:
         prompt_ids, form = tokenizer.render(turns), "chat"
     if not prompt_ids:
         raise ValueError(f"{key!r} has no tokens; the first token needs one before it")
-    if not isinstance(name := content.get("id"), str | int | float | None):
-        raise ValueError(f"'id' is {type(name).__name__}, neither text nor a number")
+    try:
+        json.dumps(name := content.get("id"))  # as it will be handed on
+    except TypeError as error:
+        raise ValueError(f"'id' cannot be written as JSON: {error}") from error
     return Row(
         prompt_ids=prompt_ids,
         completion_ids=completion_ids,

@@ -16,7 +16,6 @@ from gopd_jax.models import hf, lora
 from gopd_jax.models import params as lm_params
 from gopd_jax.models import tokenizer as tokenizers
 from gopd_jax.models.decoder import Decoder
-from gopd_jax.models.params import Lora, ModelConfig
 from gopd_jax.objectives import objective
 from gopd_jax.reader import Reader, find_context
 from gopd_jax.recipe import Frozen, Recipe
@@ -75,7 +74,7 @@ def prepare(config: settings.Config) -> Run:
     _check_contract(c, roles)
     stop = _stop_ids(c, roles["student"].tokenizer)
     _check_data(c, train, test, roles, stop)
-    named = dict.fromkeys(name for t in c.data.tasks for name in method.teachers_of(c, t))
+    named = dict.fromkeys(name for t in c.data.tasks for name in teachers_of(c, t))
     teachers = tuple(named) if uses_teachers else ()
     return Run(
         config=c,
@@ -130,20 +129,22 @@ def checked_mesh(c: settings.Config, *, devices=None, files: bool = True) -> jax
 
 def _identity(c: settings.Config, roles: dict[str, Role], train, test, stop) -> dict[str, str]:
     """What a continued run has to share with the run that it continues."""
+    chat = roles["student"].tokenizer
+    if c.objective.source == "data" and chat.end_id != chat.eos_ids[0]:  # once the first was added
+        stop = stop, chat.end_id
     return {
         **settings.identity(c),
         **{f"model {name}": role.digest for name, role in roles.items()},
         "data.train content": train.identity,
         "data.test content": test.identity,
-        "tokenizer": roles["student"].tokenizer.fingerprint(),
+        "tokenizer": chat.fingerprint(),
         "ends of completions": json.dumps(stop),
         **{f"reader of {name}": role.reader.fingerprint() for name, role in roles.items()},
     }
 
 
 def _load_roles(models: dict[str, settings.Model], mesh, c, problems) -> dict[str, Role]:
-    """Every role. Each model is loaded once, however many have it; what is wrong with any goes to
-    `problems`."""
+    """Every role, each model loaded once; what is wrong with any goes to `problems`."""
     loaded: dict[tuple, tuple | None] = {}
     roles = {}
     # The widths of a jit are static: all teachers' prompts are padded to the longest of theirs.
@@ -184,10 +185,10 @@ def _load_roles(models: dict[str, settings.Model], mesh, c, problems) -> dict[st
     return roles
 
 
-def _with_adapters(cfg: ModelConfig, params, mesh, c: settings.Config):
+def _with_adapters(cfg: lm_params.ModelConfig, params, mesh, c: settings.Config):
     """(cfg, params) with new adapters beside the same arrays."""
     options = {name: getattr(c.lora, name) for name in ("rank", "alpha", "targets")}
-    cfg = dataclasses.replace(cfg, lora=Lora(**options))
+    cfg = dataclasses.replace(cfg, lora=lm_params.Lora(**options))
     axes, _ = lora.split(lm_params.logical_axes(cfg))
     where = sharding.shardings(mesh, axes)
     draw = jax.jit(lora.init, static_argnums=0, out_shardings=where)
@@ -242,7 +243,7 @@ def _load(name: str, model: settings.Model, at: hub.Located, dtype: str, mesh, c
     return cfg, params, hf.weights_digest(at.directory, **processes.shared_work()), chat
 
 
-def check_context(name: str, model: settings.Model, cfg: ModelConfig, c) -> None:
+def check_context(name: str, model: settings.Model, cfg: lm_params.ModelConfig, c) -> None:
     length = _length(model, c) + c.sampling.completion_length
     if length > cfg.max_position_embeddings:
         raise ValueError(

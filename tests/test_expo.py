@@ -87,7 +87,7 @@ def test_the_command_refuses_another_architecture(checkpoints, capsys):
     assert not (path / "out").exists()
 
 
-def test_what_no_weight_depends_on_may_differ(checkpoints):
+def test_padding_may_differ_and_ends_may_not(checkpoints):
     path, _ = checkpoints
     file = path / "one" / "config.json"
     config = json.loads(file.read_text())
@@ -95,6 +95,9 @@ def test_what_no_weight_depends_on_may_differ(checkpoints):
     argv = [f"--base={path}/base", f"--teachers={path}/one", "--alpha=0.5"]
     expo.main([*argv, f"--out={path}/out"])
     assert (path / "out" / "model.safetensors").is_file()
+    file.write_text(json.dumps(config | {"eos_token_id": 2}))
+    with pytest.raises(SystemExit):
+        expo.main([*argv, f"--out={path}/other"])
 
 
 def test_a_teacher_that_is_the_base_is_refused(checkpoints, capsys):

@@ -9,6 +9,7 @@ import tiny
 
 from gopd_jax import checkpoint, config, train
 from gopd_jax.config import Lora
+from gopd_jax.models import tokenizer as tokenizers
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +61,24 @@ def test_a_file_that_changes_a_number_is_noticed(
     (root / file).write_text(text.replace(*change, 1))
     after = identity(root, "my_hints:hint")
     assert {key for key in before | after if before.get(key) != after.get(key)} == noticed
+
+
+def test_the_end_of_what_is_imitated_is_noticed_where_it_is_not_the_first(built, tmp_path):
+    shutil.copytree(built / "base", tmp_path / "base")
+    chat, said = tokenizers.load(built / "base"), []
+    own = chat.contents.index(chat.special["eos_token"])
+    texts = [json.loads(line)["completion"] for line in (built / "train.jsonl").open()]
+    first = min(
+        {*range(chat.vocab_size)} - {i for text in texts for i in chat.encode(text)} - {own}
+    )
+    listed = tmp_path / "base" / "generation_config.json"
+    listed.write_text(json.dumps({"eos_token_id": [first, own]}))
+    for source, advantage in (("student", "gopd"), ("data", "imitation")):
+        c = tiny.config(built, sampling={"completion_length": 32})
+        c.student.path = str(tmp_path / "base")
+        c.objective.source, c.objective.advantage = source, advantage
+        said.append(train.prepare(c).identity["ends of completions"])
+    assert said == [json.dumps([first, own]), json.dumps([[first, own], own])]
 
 
 def test_a_row_that_names_another_lambda_is_noticed(built, tmp_path):

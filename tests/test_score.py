@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gopd_jax import command, microworld, score
+from gopd_jax import command, generate, microworld, score
 from gopd_jax.models import decoder as lm
 from gopd_jax.reader import padded
 
@@ -115,6 +115,8 @@ def test_rows_of_another_tokenizer_are_refused(model, data, tmp_path):
     beside.write_text(json.dumps(ours | {"tokenizer": "0123456789abcdef"}))
     with pytest.raises(ValueError, match=r"another tokenizer \(0123456789abcdef in rows"):
         score.score_rows(model, path)
+    with pytest.raises(ValueError, match="another tokenizer"):
+        generate.generate_rows(model, path, max_tokens=2)
 
 
 @pytest.mark.parametrize("options", [{"batch": 1}, {"batch": 16, "head_chunk": 5}], ids=str)

@@ -118,6 +118,8 @@ def test_one_value_in_many_forms(written, answer):
         ("9**9**9", "42"),
         ("4" * 257, "4" * 256),
         ("y", "x"),
+        ("12", "1 2"),
+        ("NewYork", "New York"),
         ("nan", "0"),
     ],
 )

@@ -14,6 +14,7 @@ N_CHARS = 256
 
 _NUMBER = re.compile(r"([+-]?)\s*([0-9]+|[0-9]{1,3}(?:,[0-9]{3})+)?(?:\.([0-9]*))?")
 _RATIO = re.compile(r"([+-]?)([^/]+)/([^/]+)")
+_SPACES = re.compile(r"(?<!\w)\s+|\s+(?!\w)")  # "1 2" is not 12, and "(1, 2)" is "(1,2)"
 _FRAC = re.compile(r"([+-]?)\s*\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
 
 
@@ -22,8 +23,8 @@ def math(completions: Sequence[str], records: Sequence[Record]) -> list[Verdict]
 
     Values are integers, decimals and fractions (a/b, \frac{a}{b}), with thousands separators,
     a sign and surrounding $ allowed: 0.5, 1/2 and \frac{2}{4} are one value. Anything else has to
-    be the same text up to white space. ValueError for an answer that still stands in a solution's
-    \boxed{...} or behind GSM8K's ####: no completion could ever meet it.
+    be the same text up to white space beside signs. ValueError for an answer that still stands in
+    a solution's \boxed{...} or behind GSM8K's ####: no completion could ever meet it.
     """
     for record in records:
         if mark := next((m for m in (r"\boxed", "####") if m in record.answer), None):
@@ -44,7 +45,7 @@ def _judge(completion: str, answer: str) -> Verdict:
     if want_value is not None and got_value is None:
         return Verdict(0.0, f"not a number: {shown}")
     if want_value is None:
-        right = "".join(got.split()) == "".join(want.split())
+        right = _SPACES.sub("", got) == _SPACES.sub("", want)
     else:
         right = got_value == want_value
     return Verdict(1.0, "equal") if right else Verdict(0.0, f"wrong: {shown}")
