@@ -152,12 +152,33 @@ def test_the_end_to_append_is_the_one_that_the_template_writes(tmp_path, templat
     assert (tokenizer.eos_ids, tokenizer.end_id) == ((256, 258), want)
 
 
-def test_a_date_in_a_template_is_todays(tmp_path):
-    import datetime
+DATED = (
+    "{%- if not date_string is defined %}{%- if strftime_now is defined %}"
+    "{%- set date_string = strftime_now('%d %b %Y') %}{%- endif %}{%- endif %}"
+    "{{ date_string }}{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
+)
 
-    path = write(tmp_path, template="{{ strftime_now('%Y') }}")
-    tokenizer = tokenizer_lib.load(path)
-    assert tokenizer.decode(tokenizer.render([])) == str(datetime.datetime.now().year)
+
+def test_a_date_in_a_template_is_the_day_that_is_named(tmp_path):
+    """Llama 3.2's template, shortened. With today's, a run goes on with other prompts tomorrow."""
+    generation = {"eos_token_id": [256, 258]}
+    tokenizer = tokenizer_lib.load(write(tmp_path, template=DATED, generation=generation))
+    assert tokenizer.end_id == 258, "found although no day is named"
+    with pytest.raises(ValueError, match=r"today's date.*strftime_now='2024-07-26'"):
+        tokenizer.render([])
+    fingerprints = {tokenizer.template_fingerprint()}
+    for option, want in (
+        ("strftime_now='2024-07-26'", "26 Jul 2024"),
+        ("strftime_now='2025-07-26'", "26 Jul 2025"),
+        ("date_string='now'", "now"),
+    ):
+        dated = tokenizer.with_options(option)
+        assert dated.decode(dated.render([])) == want
+        fingerprints.add(dated.template_fingerprint())
+    assert len(fingerprints) == 4
+    for wrong in ("'26 Jul 2024'", "20240726", "None"):
+        with pytest.raises(ValueError, match=r"strftime_now is .*'2024-07-26'"):
+            tokenizer.with_options(f"strftime_now={wrong}")
 
 
 @pytest.mark.parametrize(

@@ -30,8 +30,27 @@ def environment() -> jinja2.Environment:
     # Jinja's own tojson escapes HTML, which would change what the model reads.
     made.filters["tojson"] = _tojson
     made.globals["raise_exception"] = _raise_exception
-    made.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    made.globals["strftime_now"] = _no_day
     return made
+
+
+def day(text: str):
+    """strftime_now of "2024-07-26"; ValueError for what is no date."""
+    try:
+        return datetime.date.fromisoformat(text).strftime
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"strftime_now is {text!r}, the day that the chat template writes; write it as "
+            "'2024-07-26'"
+        ) from None
+
+
+class UndatedError(jinja2.TemplateError):
+    """The template asks for today's date, and no day is named."""
+
+
+def _no_day(form: str):
+    raise UndatedError(form)
 
 
 def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:

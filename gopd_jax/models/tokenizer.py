@@ -57,8 +57,8 @@ class Tokenizer:
     ) -> list[int]:
         """Ids of a chat under the template; `options` are its variables, enable_thinking=False say.
 
-        ValueError where the template refuses the messages. A template that asks for today's date
-        makes the ids depend on it.
+        ValueError where the template refuses the messages, or writes today's date: the option
+        strftime_now names the day, as a run that goes on tomorrow has to read the same prompts.
         """
         return self.encode(self.text(messages, add_generation_prompt, **options))
 
@@ -66,13 +66,22 @@ class Tokenizer:
         self, messages: Sequence[dict[str, str]], add_generation_prompt: bool, **options: Any
     ) -> str:
         """What `render` encodes."""
+        variables = {"tools": None, "documents": None, **self.options, **options}
+        if "strftime_now" in variables:
+            variables["strftime_now"] = chat_template.day(variables["strftime_now"])
         try:
             return self.compiled.render(
                 **self.special,
                 messages=[dict(message) for message in messages],
                 add_generation_prompt=add_generation_prompt,
-                **{"tools": None, "documents": None, **self.options, **options},
+                **variables,
             )
+        except chat_template.UndatedError:
+            raise ValueError(
+                f"the chat template of {self.path} writes today's date, and a run that goes on "
+                "tomorrow would read other prompts; name the day in the template's options: "
+                "template=\"strftime_now='2024-07-26'\""
+            ) from None
         except (jinja2.TemplateError, TypeError) as error:
             roles = [message.get("role") for message in messages]
             raise ValueError(
@@ -115,12 +124,15 @@ class Tokenizer:
                 f"template is {text!r}, and the chat template of {self.path} uses none of "
                 f"{unknown}; its variables are {sorted(self.template_variables())}"
             )
+        if "strftime_now" in options:
+            chat_template.day(options["strftime_now"])
         return dataclasses.replace(self, options=self.options | options)
 
     def template_variables(self) -> set[str]:
-        """Names that the chat template reads."""
-        parsed = chat_template.environment().parse(self.template)
-        return jinja2.meta.find_undeclared_variables(parsed)
+        """Names that the chat template reads, strftime_now among them."""
+        environment = chat_template.environment()
+        del environment.globals["strftime_now"]  # Jinja lists no globals
+        return jinja2.meta.find_undeclared_variables(environment.parse(self.template))
 
     def template_fingerprint(self) -> str:
         """Sixteen hex digits of the template, its options and the special tokens that it writes."""
@@ -315,8 +327,9 @@ def _end_of_turn(chat: Tokenizer) -> int:
     """
     said = "The answer is 42."
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": said}]
+    dated = {"strftime_now": "2024-07-26"}  # no day is named yet, and any will do
     try:
-        _, found, after = chat.text(turns, add_generation_prompt=False).rpartition(said)
+        _, found, after = chat.text(turns, add_generation_prompt=False, **dated).rpartition(said)
     except ValueError:  # it has turns of its own
         return chat.eos_ids[0]
     written = chat.encode(after) if found else []
