@@ -20,7 +20,6 @@ from pathlib import Path
 import rich.progress as rp
 from rich.console import Console
 from rich.table import Column
-from tensorboardX import SummaryWriter
 
 from gopd_jax.types import Mean
 
@@ -121,10 +120,11 @@ class Writer:
             rows = _keep_until(self.workdir / name, resume_step)
             if name == METRICS:
                 self._step = rows[-1]["step"] if rows else 0
-        # TensorBoard hides what earlier event files hold from purge_step on.
+        from tensorboardX import SummaryWriter  # it imports torch, where there is one
+
         self._board = SummaryWriter(
             str(self.workdir / "tensorboard"),
-            purge_step=resume_step + 1,
+            purge_step=resume_step + 1,  # TensorBoard hides what earlier files hold from it on
             flush_secs=5,  # a kill loses these seconds of the curves; the JSON rows lose nothing
             filename_suffix=f".after{resume_step}",
         )

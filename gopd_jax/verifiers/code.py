@@ -90,9 +90,11 @@ def source(completion: str, entry: str) -> str:
     Where no fence defines it, the last one; a fence that is not closed ends with the completion.
     """
     blocks = completion.split("```")[1::2] or [completion]
-    # Anchored to the line and without \s, which would cross lines: one pass over any text.
-    defines = re.compile(rf"^[ \t]*(?:def[ \t]+{entry}\b|{entry}[ \t]*=)", re.MULTILINE)
-    chosen = next((block for block in reversed(blocks) if defines.search(block)), blocks[-1])
+    chosen = blocks[-1]
+    if len(blocks) > 1:
+        # Anchored to the line and without \s, which would cross lines: one pass over any text.
+        defines = re.compile(rf"^[ \t]*(?:def[ \t]+{entry}\b|{entry}[ \t]*=)", re.MULTILINE)
+        chosen = next((block for block in reversed(blocks) if defines.search(block)), chosen)
     if len(chosen) > N_CHARS:
         return chosen
     if "```" in completion and (tag := _TAG.match(chosen)):
