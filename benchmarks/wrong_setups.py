@@ -162,18 +162,12 @@ def other_ids(root, _):
 
 def other_end(root, _):
     """The student stops at another token than its teachers write at an end."""
-    for name, change in (("base", "<|endoftext|>"), ("teacher_math", None)):
-        file = root / name / "tokenizer_config.json"
-        content = json.loads(file.read_text())
-        vocabulary = {
-            t.get("content"): t.get("id")
-            for t in json.loads((root / name / "tokenizer.json").read_text())["added_tokens"]
-        }
-        if change:
-            content["eos_token"] = change
-            file.write_text(json.dumps(content))
-            ends = {"eos_token_id": vocabulary[change]}
-            (root / name / "generation_config.json").write_text(json.dumps(ends))
+    end, base = "<|endoftext|>", root / "base"
+    for file in (base / "tokenizer_config.json", base / "special_tokens_map.json"):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token": end}))
+    added = json.loads((base / "tokenizer.json").read_text())["added_tokens"]
+    ids = [token["id"] for token in added if token["content"] == end]
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
 
 
 def truncate(root, _):

@@ -8,6 +8,7 @@ kept.
 import contextlib
 import gc
 import logging
+import re
 import sys
 import textwrap
 import time
@@ -204,8 +205,14 @@ def differences(saved: dict[str, str], now: dict[str, str]) -> list[str]:
     return [
         f"{key}: {saved.get(key, absent)} in the checkpoint, {now.get(key, absent)} now"
         for key in sorted(saved.keys() | now.keys())
-        if saved.get(key) != now.get(key)
+        if not _same(saved.get(key), now.get(key))
     ]
+
+
+def _same(a: str | None, b: str | None) -> bool:
+    """5 and 5.0 are one setting: earlier versions wrote some numbers as they were given."""
+    numbers = [re.fullmatch(r"-?\d{1,12}(\.\d+)?", text or "") for text in (a, b)]
+    return a == b or (all(numbers) and float(a) == float(b))
 
 
 def _directory(workdir) -> Path:

@@ -31,6 +31,9 @@ from gopd_jax.problems import DTYPES
 
 WRONG_INPUT = 2
 IDENTITY = ".identity.json"  # beside the rows, so that these stay plain
+COMMANDS = ("score", "generate")  # which write rows
+# What an identity of an earlier version does not say, and its rows do not show to be otherwise.
+UNRECORDED = ("encoding", "ids")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,6 +57,7 @@ class Model:
         return {
             "model": hf.weights_digest(self.path),
             "tokenizer": chat.fingerprint(),
+            "ids": str(chat.vocab_size),
             "encoding": chat.encoding_fingerprint(),
             "template": chat.template_fingerprint(),
             "end tokens": json.dumps(chat.eos_ids),
@@ -96,7 +100,10 @@ def open_model(
     problems = sharding.mesh_problems(
         mesh, lm_params.abstract_params(cfg), lm_params.logical_axes(cfg), role=str(path)
     )
-    problems += chat.fits(cfg.vocab_size)
+    try:
+        chat = chat.within(cfg.vocab_size)
+    except ValueError as error:
+        problems.append(str(error))
     if problems:
         raise ValueError("\n".join(problems))
     sharding.require_experts(mesh, routed=cfg.traits.routed)
@@ -122,21 +129,33 @@ def source(data) -> Iterator:
 
 
 def require_same_tokenizer(data, tokenizer: tokenizers.Tokenizer) -> None:
-    """ValueError where a file of rows was made by one of these commands with another tokenizer.
+    """ValueError where a file of rows was made by one of these commands with other ids.
 
-    Its ids would all be read, and mean something else.
+    They would all be read, and mean something else. The tokenizer may have more of them.
     """
-    if not isinstance(data, str | os.PathLike):
+    made = _made_by_us(data)
+    if made is None or "tokenizer" not in made:
         return
-    beside = Path(f"{os.fspath(data)}{IDENTITY}")
-    ours = tokenizer.fingerprint()
-    theirs = json.loads(beside.read_text()).get("tokenizer", ours) if beside.is_file() else ours
+    n_ids = int(made.get("ids", tokenizer.vocab_size))
+    theirs, ours = made["tokenizer"], tokenizer.fingerprint(n_ids)
     if theirs != ours:
         raise ValueError(
-            f"the ids of {data} are of another tokenizer ({theirs} in {beside.name}) than that of "
-            f"{tokenizer.path} ({ours}); give a model of the same, or rows of text without ids. "
-            f"Where ids of the one are ids of the other, move {beside.name} away"
+            f"the ids of {data} are of another tokenizer ({theirs} in {Path(data).name}{IDENTITY}) "
+            f"than that of {tokenizer.path} ({ours}); give a model of the same, or rows of text "
+            "without ids. Where you know that its ids are ids of the other, give a copy of the file"
         )
+
+
+def _made_by_us(data) -> dict[str, str] | None:
+    """What `Output` wrote beside a file of rows, None where it is none of its files."""
+    if not isinstance(data, str | os.PathLike):
+        return None
+    beside = Path(f"{os.fspath(data)}{IDENTITY}")
+    try:
+        made = json.loads(beside.read_text())
+    except (OSError, ValueError):
+        return None
+    return made if isinstance(made, dict) and made.get("command") in COMMANDS else None
 
 
 def finite(logp_C: np.ndarray, where: str) -> list[float]:
@@ -169,7 +188,10 @@ class Output:
                 f"{self.path} exists without {self._beside.name}, so what made it is not known; "
                 "give another --out, or remove it to begin anew"
             )
-        if found := differences(json.loads(self._beside.read_text()), self._identity):
+        saved = json.loads(self._beside.read_text())
+        if self._identity.get("append_eos") != "True":  # the end that is appended was another
+            saved = {key: self._identity[key] for key in UNRECORDED} | saved
+        if found := differences(saved, self._identity):
             # `differences` speaks of checkpoints.
             shown = "\n".join(f"- {line.replace('in the checkpoint', 'there')}" for line in found)
             raise ValueError(

@@ -9,6 +9,7 @@ import ast
 import dataclasses
 import hashlib
 import json
+import typing
 from dataclasses import MISSING, dataclass, field
 
 from absl import flags
@@ -267,12 +268,18 @@ def identity(config: Config) -> dict[str, str]:
         if group in MAY_CHANGE or part or ends:
             continue
         value = FORMERLY.get(key, {}).get(value, value)
-        later = LATER.get(key, LATER.get(key.split(".")[-1], MISSING))
+        last = LATER.get(key.split(".")[-1], MISSING) if group not in BY_TASK else MISSING
+        later = LATER.get(key, last)
         if later is not MISSING and value == later:
             continue
         # lam = 1 in a preset and --config.objective.lam=1, which is read as 1.0, are one setting.
-        found[key] = json.dumps(float(value) if kind is float else value)
+        found[key] = json.dumps(float(value) if _is_number(value, kind) else value)
     return found
+
+
+def _is_number(value, kind) -> bool:
+    floats = kind is float or float in typing.get_args(kind)
+    return floats and isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def digest(values: dict) -> str:

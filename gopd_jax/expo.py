@@ -68,10 +68,17 @@ def write(base, teachers: Sequence, out, *, alpha: float) -> None:
                 f"{teacher} differs from {base}: {differing}; weights can be extrapolated between "
                 "models of one shape only"
             )
-        tokenizers.require_same_ids(ids, tokenizers.load(teacher), str(teacher))
+        theirs = tokenizers.load(teacher)
+        tokenizers.require_same_ids(ids, theirs, str(teacher))
+        if set(theirs.eos_ids) != set(ids.eos_ids):
+            raise ValueError(
+                f"completions of {teacher} end with {_told(theirs)}, those of {base} with "
+                f"{_told(ids)}, and the new model's would end with the latter; make eos_token_id "
+                "of their generation_config.json alike"
+            )
     start, ends = hf.load_params(base, cfg), [hf.load_params(t, cfg) for t in teachers]
     for teacher, end in zip(teachers, ends):
-        if jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), start, end)):
+        if alpha and jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), start, end)):
             raise ValueError(
                 f"the weights of {teacher} are those of {base}, so there is nothing to "
                 "extrapolate; give what was trained from it"
@@ -86,9 +93,13 @@ def write(base, teachers: Sequence, out, *, alpha: float) -> None:
         hf.save(out, cfg, params, tokenizer_dir=base)
 
 
-# What a teacher may have otherwise than its base; the new checkpoint has the base's. Its end tokens
-# it may not: they would no longer end what it writes.
-_MAY_DIFFER = ("pad_token_id", "max_position_embeddings")
+# What a teacher may have otherwise than its base; the new checkpoint has the base's. What ends a
+# completion is not in config.json alone and is compared by itself.
+_MAY_DIFFER = ("pad_token_id", "bos_token_id", "eos_token_id", "max_position_embeddings")
+
+
+def _told(chat: tokenizers.Tokenizer) -> list[str]:
+    return sorted(chat.contents[i] for i in chat.eos_ids)
 
 
 def _differing(theirs: ModelConfig, ours: ModelConfig) -> str:

@@ -15,6 +15,7 @@ NAME = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>\w[\w./-]*))?", 
 # Model, tokenizer, template, stop tokens and licence: data, all of it.
 ALLOWED = (
     *("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json"),
+    "adapter_config.json",  # to refuse it
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "tokenizer.model", "chat_template.json", "chat_template.jinja"),
     *("LICENSE*", "NOTICE", "USE_POLICY.md"),

@@ -142,9 +142,11 @@ def _roles(c, made) -> Iterator[str]:
         told = f"objective.lam is {o.lam}"
         if not made.tilts:
             why, other = "anchor has no R", "take the anchor out of objective.regularizers"
-        elif o.lam == 1 and own:  # what tilts is not lam
+        elif own:  # lam alone is not what tilts
+            own = {"lam": o.lam} | own if o.lam != 1 else own
             told = ", ".join(f"objective.{name} is {value!r}" for name, value in own.items())
-            other = f"take {' and '.join(own)} out"
+            others = " and ".join(name for name in own if name != "lam")
+            other = f"take {others} out" + " with lam = 1" * ("lam" in own)
         yield (
             f"{told} and there is no reference, so {why}; set "
             "--config.reference=build --config.reference.path=... (the student's own path, or the "

@@ -260,7 +260,7 @@ def _ends(probe: Probe, name: str, role: Role, view, mine_B) -> Check:
         float(mass_B[mine_B].mean()),
         fail_above=OTHER_END,
         says="it ends completions with a token that does not end the student's, and lengths would "
-        f"run away; set --config.sampling.stop='{(*ours, *others)}'",
+        f'run away; set --config.sampling.stop="{(*ours, *others)}"',
     )
 
 

@@ -78,6 +78,35 @@ def find_context(text: str | None) -> Callable[[Record], Messages] | None:
     return found
 
 
+# --- ends
+
+
+def stop_ids(chat: Tokenizer, stop: Sequence[str] | None) -> tuple[int, ...]:
+    """Ids that end a completion: those of sampling.stop, or the tokenizer's own."""
+    if stop is None:
+        return chat.eos_ids
+    if unknown := [token for token in stop if token not in chat.contents]:
+        raise ValueError(
+            f"sampling.stop has {unknown}, which are no tokens of {chat.path}; its own ends are "
+            f"{[chat.contents[i] for i in chat.eos_ids]}"
+        )
+    return tuple(chat.contents.index(token) for token in dict.fromkeys(stop))
+
+
+def ends_otherwise(chat: Tokenizer) -> list[str]:
+    """Where the template ends a turn with a special token that ends no completion: a sentence."""
+    added = chat.backend.get_added_tokens_decoder()
+    written = [i for i in chat.turn_ids if i in added and added[i].special]
+    if not written or chat.end_id in chat.turn_ids:
+        return []
+    turn, own = chat.contents[written[0]], chat.contents[chat.end_id]
+    return [
+        f"the data's completions would end with {own!r}, the end of {chat.path}, and its chat "
+        f"template ends a turn with {turn!r}; say which: --config.sampling.stop="
+        f"\"('{turn}', '{own}')\" or \"('{own}',)\""
+    ]
+
+
 # --- the reader
 
 

@@ -62,7 +62,7 @@ def _parquet_rows(source: str) -> Iterator[tuple[str, dict]]:
             batches = (batch.to_pylist() for batch in file.iter_batches(1024))
             for i, row in enumerate(itertools.chain.from_iterable(batches)):
                 yield f"{source}[{i}]", row
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # also of dates
         raise ValueError(f"{source} is not a parquet file that can be read: {error}") from error
 
 

@@ -17,7 +17,7 @@ from gopd_jax.models import params as lm_params
 from gopd_jax.models import tokenizer as tokenizers
 from gopd_jax.models.decoder import Decoder
 from gopd_jax.objectives import objective
-from gopd_jax.reader import Reader, find_context
+from gopd_jax.reader import Reader, ends_otherwise, find_context, stop_ids
 from gopd_jax.recipe import Frozen, Recipe
 from gopd_jax.verifiers import verify
 
@@ -72,7 +72,9 @@ def prepare(config: settings.Config) -> Run:
     test = _try(problems, data.load, c.data.test, c.data.tasks)
     _refuse(problems)
     _check_contract(c, roles)
-    stop = _stop_ids(c, roles["student"].tokenizer)
+    stop = stop_ids(roles["student"].tokenizer, c.sampling.stop)
+    if c.objective.source == "data":
+        roles["student"] = _ending(roles["student"], c, stop)
     _check_data(c, train, test, roles, stop)
     named = dict.fromkeys(name for t in c.data.tasks for name in teachers_of(c, t))
     teachers = tuple(named) if uses_teachers else ()
@@ -224,8 +226,7 @@ def _load(name: str, model: settings.Model, at: hub.Located, dtype: str, mesh, c
     axes = lm_params.logical_axes(cfg)
     problems = sharding.mesh_problems(mesh, lm_params.abstract_params(cfg), axes, role=name)
     _try(problems, check_context, name, model, cfg, c)
-    chat = tokenizers.load(at.directory)
-    problems += chat.fits(cfg.vocab_size)
+    chat = _try(problems, tokenizers.load(at.directory).within, cfg.vocab_size)
     if problems:
         raise ValueError("; ".join(problems))
     where = sharding.shardings(mesh, axes)
@@ -268,22 +269,16 @@ def _check_contract(c: settings.Config, roles: dict[str, Role]) -> None:
     _refuse(problems)
 
 
-def _stop_ids(c: settings.Config, chat: tokenizers.Tokenizer) -> tuple[int, ...]:
-    """Ids that end a completion: those of sampling.stop, or the student's own."""
-    if c.sampling.stop is None:
-        return chat.eos_ids
-    if unknown := [token for token in c.sampling.stop if token not in chat.contents]:
-        raise ValueError(
-            f"sampling.stop has {unknown}, which are no tokens of {chat.path}; its own ends are "
-            f"{[chat.contents[i] for i in chat.eos_ids]}"
-        )
-    ids = tuple(chat.contents.index(token) for token in dict.fromkeys(c.sampling.stop))
-    if c.objective.source == "data" and chat.end_id not in ids:
-        raise ValueError(
-            f"sampling.stop is {c.sampling.stop} and the data's completions end with "
-            f"{chat.contents[chat.end_id]!r}, the student's own end; name it too"
-        )
-    return ids
+def _ending(student: Role, c: settings.Config, stop: tuple[int, ...]) -> Role:
+    """The student whose imitated completions end as a run's do.
+
+    ValueError where its template ends a turn with a token that is none of its ends: base models
+    with the template of an instruction-tuned one are published so.
+    """
+    chat = student.tokenizer.ending_with(stop)
+    if c.sampling.stop is None and chat.end_id not in chat.turn_ids:
+        _refuse(ends_otherwise(chat))
+    return dataclasses.replace(student, reader=dataclasses.replace(student.reader, tokenizer=chat))
 
 
 def views(c: settings.Config, roles: dict[str, Role]) -> dict:

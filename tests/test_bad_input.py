@@ -215,6 +215,10 @@ def test_rows_longer_than_the_models_context(root):
         ({"mesh": {"tensor": 8}}, r"student has 4 along 'heads', which mesh.tensor = 8"),
         ({"reference": None}, r"objective.lam is 1.25 and there is no reference.*or lam = 1"),
         (
+            {"reference": None, "objective": {"lam": 1.5, "task_lam": {"math": 1.25}}},
+            r"lam is 1.5, objective.task_lam is {'math': 1.25} and .*task_lam out with lam = 1",
+        ),
+        (
             {"reference": None, "objective": {"lam": 1.0, "task_lam": {"math": 1.25}}},
             r"objective.task_lam is {'math': 1.25} and there is no reference.*or take task_lam out",
         ),

@@ -212,10 +212,14 @@ def test_identity_is_every_setting_that_changes_a_number():
 def test_an_integer_in_a_preset_and_the_same_number_as_a_flag_are_one_identity():
     assert settings.identity(run(objective=Objective(lam=1))) == settings.identity(run())
     assert settings.identity(run(objective=Objective(lam=2))) != settings.identity(run())
+    whole, real = (run(objective=Objective(log_u_clip=value)) for value in (5, 5.0))
+    assert settings.identity(whole) == settings.identity(real)
 
 
 def test_settings_of_a_task_are_kept_whatever_its_name():
-    for name in ("path", "xpath", "lora.export"):
+    own = settings.identity(run())
+    assert settings.identity(run(objective=Objective(task_lam={"updates": 1.0}))) != own
+    for name in ("path", "xpath", "lora.export", "lag"):
         for changes in ({"objective": Objective(task_lam={name: 2.0})}, {"routes": {name: "math"}}):
             assert settings.identity(run(**changes)) != settings.identity(run())
 

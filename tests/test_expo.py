@@ -12,6 +12,7 @@ from tokenizers.models import WordLevel
 
 from gopd_jax import expo
 from gopd_jax.models import hf
+from gopd_jax.models import tokenizer as hf_tokenizer
 
 
 def test_extrapolation_by_hand():
@@ -87,17 +88,22 @@ def test_the_command_refuses_another_architecture(checkpoints, capsys):
     assert not (path / "out").exists()
 
 
-def test_padding_may_differ_and_ends_may_not(checkpoints):
+def test_padding_may_differ_and_ends_may_not(checkpoints, capsys):
     path, _ = checkpoints
     file = path / "one" / "config.json"
-    config = json.loads(file.read_text())
-    file.write_text(json.dumps(config | {"pad_token_id": 5, "max_position_embeddings": 99}))
-    argv = [f"--base={path}/base", f"--teachers={path}/one", "--alpha=0.5"]
-    expo.main([*argv, f"--out={path}/out"])
+    more = {"pad_token_id": 5, "max_position_embeddings": 99, "eos_token_id": 2}
+    file.write_text(json.dumps(json.loads(file.read_text()) | more))
+    argv = f"--teachers={path}/one", "--alpha=0.5"
+    expo.main([f"--base={path}/base", *argv, f"--out={path}/out"])
     assert (path / "out" / "model.safetensors").is_file()
-    file.write_text(json.dumps(config | {"eos_token_id": 2}))
-    with pytest.raises(SystemExit):
-        expo.main([*argv, f"--out={path}/other"])
+    # What ends completions is said here, and config.json's field is not read beside it.
+    own = hf_tokenizer.load(path / "base").eos_ids
+    other = next(i for i in range(9) if i not in own)
+    ends = json.dumps({"eos_token_id": [*own, other]})
+    (path / "one" / "generation_config.json").write_text(ends)
+    said = refused(path, capsys, *argv, f"--out={path}/other")
+    assert f"completions of {path}/one end with [" in said
+    assert "eos_token_id" in said
 
 
 def test_a_teacher_that_is_the_base_is_refused(checkpoints, capsys):
@@ -107,6 +113,9 @@ def test_a_teacher_that_is_the_base_is_refused(checkpoints, capsys):
         path, capsys, f"--teachers={path}/one,{path}/same", "--alpha=0.5", f"--out={path}/out"
     )
     assert f"the weights of {path}/same are those of {path}/base" in said
+    argv = [f"--base={path}/base", f"--teachers={path}/one,{path}/same", "--alpha=0"]
+    expo.main([*argv, f"--out={path}/mean"])  # plain averaging, with the base too
+    assert (path / "mean" / "model.safetensors").is_file()
 
 
 def refused(path, capsys, *argv):

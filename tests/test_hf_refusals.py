@@ -100,6 +100,46 @@ DAMAGE = {
         lambda p: edit_config(p, hidden_size="32", head_dim=0),
         r"gives \{'hidden_size': '32', 'head_dim': 0\}, and each is a number of 1 or more; copy",
     ),
+    "a number that is text": (
+        lambda p: edit_config(p, rms_norm_eps="1e-6"),
+        r"gives \{'rms_norm_eps': '1e-6'\}; each is a number above 0",
+    ),
+    "a switch that is text": (
+        lambda p: edit_config(p, tie_word_embeddings="false"),
+        r"gives \{'tie_word_embeddings': 'false'\}; each is true or false",
+    ),
+    "no theta": (
+        lambda p: edit_config(p, rope_theta=0, rope_parameters=None),
+        r"gives \{'rope_theta': 0\}; each is a number above 0",
+    ),
+    "a stretch that is text": (
+        lambda p: edit_config(
+            p, rope_parameters=None, rope_scaling={"rope_type": "linear", "factor": "4"}
+        ),
+        r"rope_type 'linear' .* gives \{'factor': '4'\}; each is a number above 0",
+    ),
+    "a word for a stretch": (
+        lambda p: edit_config(p, rope_scaling="linear"),
+        "rope_scaling is 'linear' and .*; each is an object",
+    ),
+    "rope in two places": (
+        # transformers then takes 10000 for theta.
+        lambda p: edit_config(
+            p,
+            rope_theta=None,
+            rope_scaling={"rope_type": "linear", "factor": 4},
+            rope_parameters={"rope_theta": 500.0},
+        ),
+        "beside which transformers does not read the rope_theta of rope_parameters",
+    ),
+    "an adapter beside it": (
+        lambda p: (p / "adapter_config.json").write_text("{}"),
+        "holds an adapter .* merge it: AutoPeftModelForCausalLM",
+    ),
+    "an adapter alone": (
+        lambda p: (p / "config.json").rename(p / "adapter_config.json"),
+        "holds an adapter .* merge it: AutoPeftModelForCausalLM",
+    ),
     "git lfs pointer": (
         lambda p: (p / hf.WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\noid s"),
         "model.safetensors is a Git LFS pointer, not the weights; run `git lfs pull`",
@@ -225,6 +265,15 @@ def test_a_tied_head_that_is_stored_too_is_accepted(path):
     want = hf.load_params(path, CONFIG)
     edit_weights(path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"]}))
     jax.tree.map(np.testing.assert_array_equal, hf.load_params(path, CONFIG), want)
+
+
+def test_what_old_llamas_store_of_their_rope_is_left_alone(path, tmp_path):
+    want = hf.load_params(path, CONFIG)
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    edit_weights(path, lambda t: t.update({name: np.ones(6, np.float32)}))
+    jax.tree.map(np.testing.assert_array_equal, hf.load_params(path, CONFIG), want)
+    hf.export(tmp_path / "out", want, path)
+    assert name not in load_file(tmp_path / "out" / hf.WEIGHTS)
 
 
 UNSUPPORTED = {

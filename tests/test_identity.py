@@ -7,7 +7,7 @@ import sys
 import pytest
 import tiny
 
-from gopd_jax import checkpoint, config, train
+from gopd_jax import checkpoint, config, data, train
 from gopd_jax.config import Lora
 from gopd_jax.models import tokenizer as tokenizers
 
@@ -78,7 +78,48 @@ def test_the_end_of_what_is_imitated_is_noticed_where_it_is_not_the_first(built,
         c.student.path = str(tmp_path / "base")
         c.objective.source, c.objective.advantage = source, advantage
         said.append(train.prepare(c).identity["ends of completions"])
+        if source == "data":
+            assert ends_of(c) == {own}
+            c.sampling.stop = (chat.contents[first],)
+            assert ends_of(c) == {first}
+            c.sampling.stop = (chat.contents[first], chat.contents[own])
+            assert ends_of(c) == {own}
     assert said == [json.dumps([first, own]), json.dumps([[first, own], own])]
+
+
+def ends_of(c):
+    """The last ids of the completions that a run of data imitates."""
+    run = train.prepare(c)
+    got = data.prompts(
+        run.train, run.student.reader, 0, seed=0, n_prompts=4, rollouts=1, completion_length=32
+    )
+    n_C = got.completion_mask_BC.sum(1)
+    return {int(row[n - 1]) for row, n in zip(got.completion_BC, n_C)}
+
+
+def test_a_template_that_ends_turns_otherwise_than_completions_is_asked_about(built, tmp_path):
+    """Base models are published so, with the template of the instruction-tuned one."""
+    shutil.copytree(built / "base", tmp_path / "base")
+    chat = tokenizers.load(built / "base")
+    turn = chat.special["eos_token"]
+    own = next(t.content for t in chat.backend.get_added_tokens_decoder().values())
+    assert own != turn
+    (tmp_path / "base" / "special_tokens_map.json").unlink()
+    file = tmp_path / "base" / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token": own}))
+    ends = json.dumps({"eos_token_id": chat.contents.index(own)})
+    (tmp_path / "base" / "generation_config.json").write_text(ends)
+    c = tiny.config(built, sampling={"completion_length": 32})
+    c.student.path = str(tmp_path / "base")
+    train.prepare(c)
+    c.objective.source, c.objective.advantage = "data", "imitation"
+    with pytest.raises(ValueError, match="ends a turn with") as error:
+        train.prepare(c)
+    assert f"('{turn}', '{own}')" in str(error.value)
+    c.sampling.stop = (turn, own)
+    assert ends_of(c) == {chat.contents.index(turn)}
+    c.sampling.stop = (own,)
+    assert ends_of(c) == {chat.contents.index(own)}
 
 
 def test_a_row_that_names_another_lambda_is_noticed(built, tmp_path):
@@ -110,6 +151,8 @@ def test_a_checkpoint_of_the_first_version_is_continued(tmp_path):
     with checkpoint.open_manager(tmp_path, keep=1) as manager:
         checkpoint.save(manager, 1, state, old)
     assert checkpoint.restore(tmp_path, None, now) is not None
+    assert checkpoint.differences({"a": "5", "b": "0.50"}, {"a": "5.0", "b": "0.5"}) == []
+    assert len(checkpoint.differences({"a": "5", "b": "5"}, {"a": "5.1", "b": "[5]"})) == 2
     with pytest.raises(ValueError, match="seed: 0 in the checkpoint, 1 now"):
         checkpoint.restore(tmp_path, None, now | {"seed": "1"})
 

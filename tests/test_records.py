@@ -94,6 +94,15 @@ def test_columns_that_are_not_read_may_hold_anything(tmp_path):
     assert len(data.load(path, ("math",)).records["math"]) == 2
 
 
+def test_a_date_that_python_cannot_hold_is_told_with_its_file(tmp_path):
+    path = parquet(tmp_path, [row(0), row(1)])
+    table = pyarrow.parquet.read_table(path)
+    far = pyarrow.array([10**7, 0], pyarrow.int32()).cast(pyarrow.date32())
+    pyarrow.parquet.write_table(table.append_column("made", far), path)
+    with pytest.raises(ValueError, match=r"rows.parquet is not a parquet file that can be read"):
+        data.load(path, ("math",))
+
+
 def test_identity_is_of_the_content_and_not_of_the_file(tmp_path):
     rows = [row(i) for i in range(3)]
     one = data.load(jsonl(tmp_path, rows), ("math",)).identity

@@ -127,6 +127,12 @@ def test_a_file_of_another_run_is_refused_and_left_as_it_is(root, model, data, t
     refused(r"- data: \w+ there, \w+ now", given=others)
     refused(r"- model: \w+ there, \w+ now", model=teacher)
     refused(r"- dtype: float32 there, bfloat16 now", model=rounded)
+    # A file of the version whose identity said less is continued.
+    saved = json.loads(beside.read_text())
+    beside.write_text(json.dumps({k: v for k, v in saved.items() if k not in command.UNRECORDED}))
+    refused(r"- encoding: nothing there", append_eos=True)
+    score.write(model, str(given), str(out), **options())
+    out.write_bytes(before)
     before = before.replace(b'"index": 4', b'"index": 5')
     out.write_bytes(before)
     refused(r"out.jsonl:5 is not row \{'index': 4\}")

@@ -1,5 +1,6 @@
 """Scores of given completions against all logits at once, torch, and runs that break off."""
 
+import dataclasses
 import functools
 import json
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gopd_jax import command, generate, microworld, score
+from gopd_jax import command, generate, microworld, rows, score
 from gopd_jax.models import decoder as lm
 from gopd_jax.reader import padded
 
@@ -104,14 +105,30 @@ def test_the_end_token_is_added_to_text_alone_and_when_asked_for(model):
     given.append({"prompt": PROMPT, "completion": ""})
     ids = [row["token_ids"] for row in score.score_rows(model, given, append_eos=True)]
     assert ids == [[*chat.encode("7"), chat.end_id], [9], [chat.end_id]]
+    # The end that the template writes, which another may come before.
+    other = next(i for i in range(9) if i != chat.end_id)
+    listed = dataclasses.replace(chat, eos_ids=(other, chat.end_id)).ending_with((other,))
+    own = listed.ending_with(listed.eos_ids)
+    for tokenizer, end in ((listed, other), (own, chat.end_id)):
+        source = command.source(given[:1])
+        found, _ = rows.read(
+            source, tokenizer, name="given", scored=True, append_eos=True, n_context=99
+        )
+        assert found[0].completion_ids == [*chat.encode("7"), end]
 
 
 def test_rows_of_another_tokenizer_are_refused(model, data, tmp_path):
     path = str(write_rows(tmp_path / "rows.jsonl", data))
     beside = tmp_path / "rows.jsonl.identity.json"
     ours = {"command": "generate", "tokenizer": model.tokenizer.fingerprint()}
-    beside.write_text(json.dumps(ours))
-    assert len(score.score_rows(model, path, batch=4)) == len(data)
+    # That of a student with fewer ids, which are ids of ours; and a user's own file.
+    fewer = {"tokenizer": model.tokenizer.fingerprint(200), "ids": "200"}
+    for made in (ours, ours | fewer, {"tokenizer": "gpt2"}, []):
+        beside.write_text(json.dumps(made))
+        assert len(score.score_rows(model, path, batch=4)) == len(data)
+    beside.write_text(json.dumps(ours | fewer | {"ids": "199"}))
+    with pytest.raises(ValueError, match="another tokenizer"):
+        score.score_rows(model, path)
     beside.write_text(json.dumps(ours | {"tokenizer": "0123456789abcdef"}))
     with pytest.raises(ValueError, match=r"another tokenizer \(0123456789abcdef in rows"):
         score.score_rows(model, path)

@@ -122,6 +122,75 @@ def test_templates_see_the_special_tokens_that_transformers_shows_them(tmp_path)
     assert tokenizer_lib.load(path).render(CHATS[0]) == want
 
 
+NAMED = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
+DECODER = {
+    "256": {"content": "<|endoftext|>", "special": True, "rstrip": True},
+    "257": {"content": "<|im_start|>", "special": True},
+    "258": {"content": "<|im_end|>", "special": False},
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "files"),
+    [
+        ({"eos_token": None}, {"special_tokens_map.json": NAMED}),
+        ({"eos_token": "<|endoftext|>"}, {"special_tokens_map.json": NAMED}),  # the map's
+        ({"added_tokens_decoder": DECODER}, {"special_tokens_map.json": NAMED}),  # not read
+        ({"added_tokens_decoder": DECODER, **NAMED}, {}),
+        ({"extra_special_tokens": {"image_token": "<|endoftext|>"}}, {}),
+    ],
+)
+def test_named_tokens_are_those_of_transformers(tmp_path, config, files):
+    from transformers import AutoTokenizer
+
+    template = "{{ bos_token }}{{ image_token }}{{ messages[0].content }}{{ eos_token }}"
+    path = write(tmp_path, template=template, **config)
+    text = (path / "tokenizer.json").read_text().replace('"special": true', '"special": false')
+    (path / "tokenizer.json").write_text(text.replace('"special":true', '"special":false'))
+    for name, value in files.items():
+        (path / name).write_text(json.dumps(value))
+    theirs, ours = AutoTokenizer.from_pretrained(str(path)), tokenizer_lib.load(path)
+    chat = [{"role": "user", "content": "a <|endoftext|> b<|im_end|> c"}]
+    want = theirs.apply_chat_template(chat, tokenize=True, return_dict=False)
+    assert ours.render(chat) == want
+    assert ours.decode(want) == theirs.decode(want, skip_special_tokens=True)
+    assert ours.contents[ours.eos_ids[0]] == theirs.eos_token
+
+
+def test_ends_are_config_jsons_where_there_is_no_generation_config(tmp_path):
+    """As transformers' GenerationConfig.from_model_config; beside the file it is not read."""
+    path = write(tmp_path)
+    (path / "config.json").write_text(json.dumps({"eos_token_id": [256, 257]}))
+    assert tokenizer_lib.load(path).eos_ids == (256, 257, 258)
+    (path / "generation_config.json").write_text("{}")
+    assert tokenizer_lib.load(path).eos_ids == (258,)
+
+
+def test_ids_behind_the_embedding_may_be_special_and_are_never_written(tmp_path):
+    """Gemma 3's smallest models have no row for the image token that their tokenizer has."""
+    path = write(tmp_path / "a", special=(*SPECIAL, "<image>"), eos_token=SPECIAL[0])
+    whole = tokenizer_lib.load(path)
+    own = whole.within(259)
+    assert (whole.vocab_size, own.vocab_size) == (260, 259)
+    assert own.encode("a<|im_end|>") == whole.encode("a<|im_end|>")
+    with pytest.raises(ValueError, match=r"text holds '<image>', which .* no embedding"):
+        own.encode("a<image>")
+    assert whole.within(260) is whole
+    with pytest.raises(ValueError, match="260 ids and the embedding 255 rows"):
+        whole.within(255)  # a byte would have none
+    with pytest.raises(ValueError, match="260 ids and the embedding 256 rows"):
+        whole.within(256)  # nor the end
+
+
+def test_a_template_that_breaks_is_told(tmp_path):
+    broken = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{{ 1 / 0 }}{% endif %}{% endfor %}"
+    )
+    tokenizer = tokenizer_lib.load(write(tmp_path, template=broken))
+    with pytest.raises(ValueError, match=r"roles .'assistant'.: division by zero"):
+        tokenizer.render([{"role": "assistant", "content": "1"}])
+
+
 def test_any_text_makes_the_round_trip_and_nothing_is_added_or_cut(tmp_path):
     tokenizer = tokenizer_lib.load(write(tmp_path))
     text = "grüße,\n\t\\frac{1}{2} 🙂 longer than four tokens"
@@ -304,6 +373,9 @@ def test_a_broken_file_is_named(tmp_path, file):
         ({"pad_token": "<pad>"}, {}, "pad_token is '<pad>' in .* no token of tokenizer.json"),
         ({}, {"eos_token_id": 300}, r"eos_token_id has 300 in .*generation_config\.json.*258"),
         ({}, {"eos_token_id": ["a"]}, "eos_token_id has 'a'"),
+        ({"additional_special_tokens": ["<x>"]}, {}, "additional_special_tokens is '<x>'"),
+        ({"extra_special_tokens": ["<x>"]}, {}, "extra_special_tokens is '<x>'"),
+        ({"split_special_tokens": True}, {}, "split_special_tokens is True"),
         (
             {"added_tokens_decoder": {"257": {"content": "<|other|>"}}},
             {},

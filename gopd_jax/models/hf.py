@@ -237,6 +237,12 @@ def _directory(path) -> Path:
             f"{directory} is not a directory; give one with config.json and {WEIGHTS}, downloaded "
             "beforehand if it is a name on the Hugging Face hub"
         )
+    if (directory / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{directory} holds an adapter (adapter_config.json), which transformers would add to "
+            "the weights; merge it: AutoPeftModelForCausalLM.from_pretrained(directory)"
+            ".merge_and_unload().save_pretrained(another), and copy the tokenizer's files there"
+        )
     if not (directory / "config.json").is_file():
         raise ValueError(f"{directory} has no config.json; copy it beside the weights")
     return directory

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 from gopd_jax.models.architectures import ARCHITECTURES, LAYER_TYPES, SCALINGS, ModelConfig
-from gopd_jax.models.hf_fields import DEFAULTS, IDS, REQUIRED, SIZES, check_fields
+from gopd_jax.models.hf_fields import DEFAULTS, IDS, REQUIRED, SIZES, SWITCHES, check_fields
 
 FULL, SLIDING = LAYER_TYPES
 # Gemma3ForCausalLM.from_pretrained of such a directory would warn and give random weights.
@@ -40,6 +41,10 @@ def from_hf(config: dict) -> ModelConfig:
             f"the model's config gives {wrong}, and each is a number of 1 or more; copy "
             "config.json again"
         )
+    switches = {n: config[n] for n in SWITCHES if config.get(n) is not None}
+    if wrong := {name: value for name, value in switches.items() if type(value) is not bool}:
+        raise ValueError(f"the model's config gives {wrong}; each is true or false")
+    _require_numbers(config, ("rms_norm_eps", "query_pre_attn_scalar"), "the model's config")
     check_fields(config, kind)
     heads, eos = config["num_attention_heads"], config.get("eos_token_id")
     window, layer_types = _windows(config, kind)
@@ -131,12 +136,21 @@ def _rope(config: dict, kind: str) -> dict:
 def _one_rope(config: dict, *, default_theta: float | None = None):
     """(theta, scaling) from rope_parameters, or from rope_theta and rope_scaling."""
     old, new = config.get("rope_scaling") or {}, config.get("rope_parameters") or {}
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        raise ValueError(f"rope_scaling is {old!r} and rope_parameters {new!r}; each is an object")
+    if old and "rope_theta" in new and config.get("rope_theta") is None:
+        raise ValueError(
+            "the model's config gives rope_scaling, beside which transformers does not read the "
+            "rope_theta of rope_parameters; remove rope_scaling, or set rope_theta itself"
+        )
     if clash := sorted(key for key in old.keys() & new.keys() if old[key] != new[key]):
         raise ValueError(
             f"the model's config gives rope_scaling {old} and rope_parameters {new}, which differ "
             f"in {clash}; keep one"
         )
     rope = {key: value for key, value in (old | new).items() if value is not None}
+    for where in (config, rope):
+        _require_numbers(where, ("rope_theta",), "the model's config")
     thetas = {float(d["rope_theta"]) for d in (config, rope) if d.get("rope_theta") is not None}
     if len(thetas) > 1:
         raise ValueError(f"the model's config gives two rope_theta, {sorted(thetas)}; keep one")
@@ -164,7 +178,15 @@ def _one_rope(config: dict, *, default_theta: float | None = None):
     needed = [field.name for field in fields if field.default is dataclasses.MISSING]
     if missing := [name for name in needed if name not in rope]:
         raise ValueError(f"rope_type {kind!r} needs {missing} beside it in the model's config")
+    numbers = given - {"truncate", "mscale", "mscale_all_dim"}
+    _require_numbers(rope, sorted(numbers), f"rope_type {kind!r} in the model's config")
     return theta, SCALINGS[kind](**{name: rope[name] for name in given}) if fields else None
+
+
+def _require_numbers(config: dict, names: Sequence[str], where: str) -> None:
+    numbers = {name: config[name] for name in names if config.get(name) is not None}
+    if wrong := {n: x for n, x in numbers.items() if type(x) not in (int, float) or not x > 0}:
+        raise ValueError(f"{where} gives {wrong}; each is a number above 0")
 
 
 def to_hf(cfg: ModelConfig) -> dict:

@@ -19,6 +19,7 @@ REQUIRED = (
 )
 SIZES = tuple(name for name in REQUIRED if name != "rms_norm_eps")
 SIZES += ("num_key_value_heads", "head_dim", "max_position_embeddings")
+SWITCHES = ("tie_word_embeddings", "norm_topk_prob")
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 READ = {
     *REQUIRED,

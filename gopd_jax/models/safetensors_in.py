@@ -108,7 +108,8 @@ def scan(directory: Path) -> dict[str, Stored]:
             )
         found |= here
     _check_index(directory, found)
-    return found
+    # Old Llamas store what rope_theta says. transformers does not read it either.
+    return {name: tensor for name, tensor in found.items() if not name.endswith(".inv_freq")}
 
 
 def check(stored: Mapping[str, Stored], cfg: ModelConfig, path) -> None:

@@ -15,12 +15,7 @@ import jinja2
 import jinja2.meta
 import tokenizers
 
-from gopd_jax.models import chat_template
-
-_AGAIN = (
-    "copy it from where the model came from, or write it with transformers: "
-    "AutoTokenizer.from_pretrained(...).save_pretrained(directory)"
-)
+from gopd_jax.models import chat_template, tokenizer_files
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -28,13 +23,14 @@ class Tokenizer:
     """One model's ids and chat template.
 
     contents[id] is the token's text as the vocabulary spells it, None where no token has the id;
-    eos_ids end a completion; end_id, one of them, is the one to append, as the template ends an
-    assistant's turn; pad_id only fills: no mask is read off ids.
+    eos_ids end a completion; turn_ids are what the template writes behind an assistant's text;
+    end_id is appended to a completion; pad_id only fills: no mask is read off ids.
     """
 
     path: str
     contents: tuple[str | None, ...]
     eos_ids: tuple[int, ...]
+    turn_ids: tuple[int, ...]
     end_id: int
     pad_id: int
     template: str
@@ -82,32 +78,52 @@ class Tokenizer:
                 "tomorrow would read other prompts; name the day in the template's options: "
                 "template=\"strftime_now='2024-07-26'\""
             ) from None
-        except (jinja2.TemplateError, TypeError) as error:
+        except Exception as error:  # a template is a program, which may raise anything
             roles = [message.get("role") for message in messages]
             raise ValueError(
                 f"the chat template of {self.path} refuses messages of roles {roles}: {error}"
             ) from error
 
-    def fits(self, n_rows: int) -> list[str]:
-        """What is wrong with an embedding of n_rows under these ids: a sentence, or nothing."""
+    def within(self, n_rows: int) -> Tokenizer:
+        """The same for an embedding of n_rows: ids behind it may be special tokens, never written.
+
+        Gemma 3's smallest models have no row for their image token. ValueError for other ids.
+        """
         if self.vocab_size <= n_rows:
-            return []
-        return [
+            return self
+        added = self.backend.get_added_tokens_decoder()
+        if all(i in added and added[i].special for i in range(n_rows, self.vocab_size)) and all(
+            i < n_rows for i in (*self.eos_ids, self.pad_id)
+        ):
+            return dataclasses.replace(self, contents=self.contents[:n_rows])
+        raise ValueError(
             f"{self.path}: the tokenizer has {self.vocab_size} ids and the embedding {n_rows} "
             "rows; the two files are not of one model"
-        ]
+        )
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text` with nothing added: no token at its start or end."""
-        return self.backend.encode(text, add_special_tokens=False).ids
+        """Ids of `text` with nothing added: no token at its start or end.
+
+        ValueError for a token that the model has no embedding of.
+        """
+        ids = self.backend.encode(text, add_special_tokens=False).ids
+        if outside := [i for i in ids if i >= len(self.contents)]:
+            raise ValueError(
+                f"the text holds {self.backend.id_to_token(outside[0])!r}, which {self.path} has "
+                "an id for and no embedding; take it out"
+            )
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids` without special tokens and ids that name no token."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
 
-    def fingerprint(self) -> str:
-        """Sixteen hex digits of id -> content: equal where a completion's ids mean the same."""
-        return _digest(self.contents)
+    def fingerprint(self, n_ids: int | None = None) -> str:
+        """Sixteen hex digits of id -> content, of the first n_ids (None: of all).
+
+        Equal where a completion's ids mean the same.
+        """
+        return _digest(self.contents[:n_ids])
 
     def encoding_fingerprint(self) -> str:
         """Sixteen hex digits of tokenizer.json's content: equal where every text has equal ids."""
@@ -128,6 +144,16 @@ class Tokenizer:
             chat_template.day(options["strftime_now"])
         return dataclasses.replace(self, options=self.options | options)
 
+    def ending_with(self, ids: Sequence[int]) -> Tokenizer:
+        """The same, appending one of `ids`: the first that the template writes, or the first.
+
+        generation_config.json may list another first: Llama 3.1 Instruct's has <|end_of_text|>
+        before <|eot_id|>, Gemma 3's <eos> before <end_of_turn>. Models do not end turns with these.
+        """
+        return dataclasses.replace(
+            self, end_id=next((i for i in self.turn_ids if i in ids), ids[0])
+        )
+
     def template_variables(self) -> set[str]:
         """Names that the chat template reads, strftime_now among them."""
         environment = chat_template.environment()
@@ -145,35 +171,27 @@ def load(path: str | Path) -> Tokenizer:
     """The tokenizer of a Hugging Face directory; runs no code from it.
 
     Reads tokenizer.json, tokenizer_config.json, chat_template.jinja (or the key chat_template of
-    tokenizer_config.json) and, where there is one, generation_config.json. ValueError names the
-    file that is missing or wrong.
+    tokenizer_config.json) and, where there are such, special_tokens_map.json, added_tokens.json and
+    generation_config.json, else config.json. ValueError names the file that is missing or wrong.
     """
-    path = Path(path)
-    backend = _backend(path / "tokenizer.json")
-    config = _json(path / "tokenizer_config.json")
-    contents = _contents(backend, config, path)
-    special = _special(config)
-    template = _template(config, path)
-    eos_ids = _eos_ids(config, special, contents, path)
-    pad_id = eos_ids[0]
-    if "pad_token" in special:
-        pad_id = _id_of("pad_token", special, contents, path)
+    files = tokenizer_files.read(Path(path))
     try:
-        compiled = chat_template.environment().from_string(template)
+        compiled = chat_template.environment().from_string(files.template)
     except jinja2.TemplateError as error:
         raise ValueError(f"the chat template of {path} cannot be read: {error}") from error
     chat = Tokenizer(
         path=str(path),
-        contents=contents,
-        eos_ids=eos_ids,
-        end_id=eos_ids[0],
-        pad_id=pad_id,
-        template=template,
-        special=special,
-        backend=backend,
+        contents=files.contents,
+        eos_ids=files.eos_ids,
+        turn_ids=(),
+        end_id=files.eos_ids[0],
+        pad_id=files.pad_id,
+        template=files.template,
+        special=files.special,
+        backend=files.backend,
         compiled=compiled,
     )
-    return dataclasses.replace(chat, end_id=_end_of_turn(chat))
+    return dataclasses.replace(chat, turn_ids=_turn_ids(chat)).ending_with(files.eos_ids)
 
 
 def template_options(text: str | None) -> dict[str, Any]:
@@ -221,119 +239,16 @@ def require_same_ids(student: Tokenizer, other: Tokenizer, role: str) -> None:
     )
 
 
-def _json(path: Path, optional: bool = False) -> dict:
-    """A JSON object's file; {} for one that may be missing and is."""
-    if not path.is_file():
-        if optional:
-            return {}
-        raise ValueError(f"there is no {path}; give the directory of a Hugging Face checkpoint")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); {_AGAIN}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}, not a JSON object")
-    return value
-
-
-def _backend(path: Path) -> tokenizers.Tokenizer:
-    if not path.is_file():
-        raise ValueError(f"there is no {path}; {_AGAIN}")
-    try:
-        backend = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises a bare Exception
-        raise ValueError(f"{path} is not a tokenizer ({error}); {_AGAIN}") from error
-    # A file may ask for padding and cutting, which would change ids unseen.
-    backend.no_padding()
-    backend.no_truncation()
-    return backend
-
-
-def _contents(backend: tokenizers.Tokenizer, config: dict, path: Path) -> tuple[str | None, ...]:
-    """Content of each id; tokenizer_config.json may repeat the added tokens, not change them."""
-    ids = backend.get_vocab(with_added_tokens=True)
-    if not ids:
-        raise ValueError(f"{path / 'tokenizer.json'} has no tokens")
-    contents: list[str | None] = [None] * (max(ids.values()) + 1)
-    for content, i in ids.items():
-        contents[i] = content
-    for i, token in config.get("added_tokens_decoder", {}).items():
-        have = contents[int(i)] if int(i) < len(contents) else None
-        if have != token["content"]:
-            raise ValueError(
-                f"id {i} is {token['content']!r} in {path / 'tokenizer_config.json'} and {have!r} "
-                "in tokenizer.json; save the tokenizer again with transformers' save_pretrained"
-            )
-    return tuple(contents)
-
-
-def _special(config: dict) -> dict[str, str]:
-    """bos_token, eos_token, ...: each a text, or an object with its content."""
-    named = {key: value for key, value in config.items() if key.endswith("_token")}
-    texts = {k: v["content"] if isinstance(v, dict) else v for k, v in named.items()}
-    return {key: text for key, text in texts.items() if isinstance(text, str)}
-
-
-def _template(config: dict, path: Path) -> str:
-    if (file := path / "chat_template.jinja").is_file():
-        return file.read_text(encoding="utf-8")
-    template = config.get("chat_template")
-    if isinstance(template, list):  # several by name
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    if not isinstance(template, str):
-        raise ValueError(
-            f"{path} has no chat template: there is no chat_template.jinja, nor a chat_template "
-            "(with the name default, if there are several) in tokenizer_config.json; copy "
-            "chat_template.jinja from the instruction-tuned model of the same family"
-        )
-    return template
-
-
-def _id_of(name: str, special: dict[str, str], contents: tuple, path: Path) -> int:
-    try:
-        return contents.index(special[name])
-    except ValueError:
-        raise ValueError(
-            f"{name} is {special[name]!r} in {path / 'tokenizer_config.json'}, which is no token "
-            "of tokenizer.json"
-        ) from None
-
-
-def _eos_ids(config: dict, special: dict[str, str], contents: tuple, path: Path) -> tuple[int, ...]:
-    """The ends that generation_config.json lists, in its order, then the tokenizer's own."""
-    ids = _json(path / "generation_config.json", optional=True).get("eos_token_id")
-    ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
-    for i in ids:
-        if type(i) is not int or not 0 <= i < len(contents) or contents[i] is None:
-            raise ValueError(
-                f"eos_token_id has {i!r} in {path / 'generation_config.json'}, and tokenizer.json "
-                f"has no such id; its highest is {len(contents) - 1}"
-            )
-    if "eos_token" in special:
-        ids = [*ids, _id_of("eos_token", special, contents, path)]
-    if not ids:
-        raise ValueError(
-            f"{path} names no end token: set eos_token in tokenizer_config.json or eos_token_id in "
-            "generation_config.json"
-        )
-    return tuple(dict.fromkeys(ids))
-
-
-def _end_of_turn(chat: Tokenizer) -> int:
-    """The end token that the template writes behind an assistant's text; the first if it has none.
-
-    generation_config.json may list another first: Llama 3.1 Instruct's has <|end_of_text|> before
-    <|eot_id|>, and Gemma 3's <eos> before <end_of_turn>. Models do not write these after a turn.
-    """
+def _turn_ids(chat: Tokenizer) -> tuple[int, ...]:
+    """Ids of what the template writes behind an assistant's text; () if it has turns of its own."""
     said = "The answer is 42."
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": said}]
     dated = {"strftime_now": "2024-07-26"}  # no day is named yet, and any will do
     try:
         _, found, after = chat.text(turns, add_generation_prompt=False, **dated).rpartition(said)
-    except ValueError:  # it has turns of its own
-        return chat.eos_ids[0]
-    written = chat.encode(after) if found else []
-    return next((i for i in written if i in chat.eos_ids), chat.eos_ids[0])
+    except ValueError:
+        return ()
+    return tuple(chat.encode(after)) if found else ()
 
 
 def _digest(value) -> str:

@@ -24,7 +24,7 @@ def math(completions: Sequence[str], records: Sequence[Record]) -> list[Verdict]
     Values are integers, decimals and fractions (a/b, \frac{a}{b}), with thousands separators,
     a sign and surrounding $ allowed: 0.5, 1/2 and \frac{2}{4} are one value. Anything else has to
     be the same text up to white space beside signs. ValueError for an answer that still stands in
-    a solution's \boxed{...} or behind GSM8K's ####: no completion could ever meet it.
+    a solution's \boxed{...} or behind GSM8K's ####, which the value in a completion's box is not.
     """
     for record in records:
         if mark := next((m for m in (r"\boxed", "####") if m in record.answer), None):

@@ -34,7 +34,7 @@ decimal enum fractions functools heapq itertools json math numbers operator rand
 string sys textwrap time types typing
 """
 
-# What these and the interpreter load only when it is used: strptime, "\N{...}", codecs.
+# What these and the interpreter load only when it is used: strptime, "\N{...}", common codecs.
 HIDDEN = """
 _strptime unicodedata encodings.ascii encodings.cp1252 encodings.idna encodings.latin_1
 encodings.punycode encodings.raw_unicode_escape encodings.unicode_escape encodings.utf_16
