@@ -75,8 +75,8 @@ def load(source: str, tasks: Sequence[str]) -> Dataset:
     if unknown:
         counts = ", ".join(f"{task!r} ({n} rows)" for task, n in sorted(unknown.items()))
         raise ValueError(
-            f"tasks [{counts}] of {source} have no teacher; teachers are {list(tasks)}. Add them "
-            "to data.tasks and teachers, or take their rows out of the file"
+            f"tasks [{counts}] of {source} are not in data.tasks = {tuple(tasks)}; add them there "
+            "(each has a teacher where the objective asks one), or take their rows out of the file"
         )
     if not any(found.values()):
         raise ValueError(f"{source} is empty; give a source with at least one row of each task")

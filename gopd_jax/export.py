@@ -141,6 +141,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--adapter", action="store_true", help="the LoRA adapters alone, as PEFT keeps them"
     )
     args = parser.parse_args(argv)
+    there = args.out.exists()
     try:
         step = export(
             args.workdir,
@@ -153,7 +154,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         print(f"\n{error}", file=sys.stderr)
         sys.exit(WRONG_INPUT)
-    print(f"model after step {step}: {args.out}")
+    said = " (in the place of the checkpoint that was there)" if there else ""
+    print(f"model after step {step}: {args.out}{said}")
 
 
 if __name__ == "__main__":

@@ -98,10 +98,7 @@ def full_disk_told():
 def parse(argv):
     """Flags of the command line. What is wrong with them or with the preset ends the program."""
     accept_none_and_dicts()
-    if (preset := _preset()) and not preset.is_file():
-        known = sorted(file.stem for file in preset.parent.glob("[!_]*.py"))
-        there = f"; there are {known} in {preset.parent}" if known else ""
-        refuse(f"there is no preset {preset}{there}")
+    _check_preset(argv)
     if unknown := unknown_settings(argv):
         refuse("\n".join(unknown))
     try:
@@ -112,6 +109,21 @@ def parse(argv):
         refuse(f"{error}; --help lists the flags")
     except Exception as error:
         refuse(_where(error))
+
+
+def _check_preset(argv) -> None:
+    """Refuse a command line whose preset is not there, or comes after what changes it."""
+    settings = [i for i, argument in enumerate(argv) if re.match(r"--?(no)?config\.", argument)]
+    given = [i for i, argument in enumerate(argv) if re.match(r"--?config(=|$)", argument)]
+    if not given and not any(re.match("--?help", argument) for argument in argv):
+        refuse("no preset is given; begin with --config=configs/exopd.py, say")
+    if given and settings and settings[0] < given[0]:
+        refuse(f"put --config=..., the preset, before {argv[settings[0]]}, which changes it")
+    if (preset := _preset()) and not preset.is_file():
+        files = preset.parent.glob("[!_]*.py")
+        known = sorted(file.stem for file in files if "get_config" in file.read_text())
+        there = f"; there are {known} in {preset.parent}" if known else ""
+        refuse(f"there is no preset {preset}{there}")
 
 
 def unknown_settings(argv) -> list[str]:
@@ -159,7 +171,8 @@ def _where(error: Exception) -> str:
         return f"{unset[2]} is none here; give --config.{unset[2]}=build before --config.{unset[1]}"
     if isinstance(error, KeyError):
         said = (
-            f"there is no {error}; a flag changes what a preset has, a teacher say, and adds none"
+            f"there is no {error}; a flag changes what a preset has, a teacher say, and adds none: "
+            "that is what a preset of your own is for (README.md, Your own models and data)"
         )
     preset = _preset()
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
@@ -170,10 +183,8 @@ def _where(error: Exception) -> str:
 
 def _preset() -> Path | None:
     """The file that --config names."""
-    for argument in sys.argv[1:]:
-        if match := re.match(r"--?config=([^:]+)", argument):
-            return Path(match[1]).absolute()
-    return None
+    given = re.search(r"^--?config[=\n]([^:\n]+)", "\n".join(sys.argv[1:]), re.MULTILINE)
+    return Path(given[1]).absolute() if given else None
 
 
 def _command(**settings) -> str:

@@ -26,6 +26,7 @@ from gopd_jax.planning import abstract, changes, chips, least, phases, search, s
 from gopd_jax.planning.chips import GIB, Topology
 from gopd_jax.planning.phases import PHASES, Compiled
 
+flags.declare_key_flag("config")  # for --help
 TOPOLOGY = flags.DEFINE_string(
     "topology",
     None,

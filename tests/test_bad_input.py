@@ -165,7 +165,7 @@ def test_an_unknown_task_is_named_with_the_tasks_that_have_teachers(root):
     spoil(root, "train.jsonl", task="chess")
     said = refused(root)
     assert "'chess' (1 rows)" in said
-    assert "have no teacher; teachers are ['math', 'code']" in said
+    assert "are not in data.tasks = ('math', 'code'); add them there" in said
 
 
 def test_an_answer_that_its_verifier_cannot_read(root):
@@ -288,6 +288,37 @@ def test_a_preset_that_is_not_there_is_refused_with_those_that_are(parse, capsys
     said = capsys.readouterr().err
     assert said.strip().startswith(f"there is no preset {tiny.REPOSITORY}/configs/exodp.py; ")
     assert "'exopd', " in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((), "no preset is given; begin with --config=configs/exopd.py"),
+        (("--config.steps=3",), "no preset is given; begin with --config=configs/exopd.py"),
+        (
+            ("--config.steps=3", f"--config={tiny.REPOSITORY / 'configs' / 'exopd.py'}"),
+            "put --config=..., the preset, before --config.steps=3, which changes it",
+        ),
+        (("--config", "/nowhere/x.py"), "there is no preset /nowhere/x.py"),
+        (
+            (
+                f"--config={tiny.REPOSITORY / 'configs' / 'exopd.py:tiny'}",
+                "--config.teachers.law.path=/nowhere",
+            ),
+            "there is no 'law'; a flag changes what a preset has, .* and adds none: .* your own",
+        ),
+    ],
+)
+def test_a_command_line_that_cannot_be_meant_is_refused(parse, capsys, arguments, said):
+    with pytest.raises(SystemExit) as ended:
+        parse(*arguments)
+    assert ended.value.code == 2
+    assert re.search(said, capsys.readouterr().err)
+
+
+def test_a_preset_may_follow_its_flag_after_a_space(parse):
+    parse("--config", f"{tiny.REPOSITORY / 'configs' / 'exopd.py:tiny'}", "--config.seed=3")
+    assert main.CONFIG.value.seed == 3
 
 
 @pytest.mark.parametrize(

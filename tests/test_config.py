@@ -2,6 +2,7 @@
 
 import dataclasses
 import keyword
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -147,37 +148,33 @@ def test_the_program_takes_none_and_refuses_it_where_it_may_not_be(tmp_path):
 
 OWN = """
 from gopd_jax.objectives.divergences import DIVERGENCES, neyman, pearson
-from gopd_jax.verifiers import VERIFIERS, Verdict
 
 
 def symmetric_chi2(log_s, log_t):
     return pearson(log_s, log_t) + neyman(log_s, log_t)
 
 
-def loud(completions, records):
-    return [Verdict(float(c.isupper()), "upper case, or not") for c in completions]
-
-
-DIVERGENCES["symmetric_chi2"], VERIFIERS["loud"] = symmetric_chi2, loud
+DIVERGENCES["symmetric_chi2"] = symmetric_chi2
 """
 
 
 def test_a_preset_brings_entries_of_its_own(parsed, tmp_path, monkeypatch):
-    entry = "symmetric_chi2"
-    row = {"prompt": "A?", "task": "math", "answer": "A", "verifier": "loud"}
+    entry, text = "symmetric_chi2", (tiny.REPOSITORY / "ARCHITECTURE.md").read_text()
+    verifier = re.search(r"^```python\n(from gopd_jax.verifiers .*?)^```$", text, re.M | re.S)[1]
+    row = {"prompt": "A?", "task": "math", "answer": "A", "verifier": "contains"}
     flag = f"--config.objective.divergence={entry}"
     assert any(f"there is no '{entry}'" in problem for problem in parsed(flag).problems())
-    with pytest.raises(ValueError, match="there is no 'loud'"):
+    with pytest.raises(ValueError, match="there is no 'contains'"):
         records.record(row, "here")
     monkeypatch.setitem(divergences.DIVERGENCES, entry, None)  # both are taken away at the end
-    monkeypatch.setitem(verifiers.VERIFIERS, "loud", None)
-    (tmp_path / "own.py").write_text(OWN + PRESET)
+    monkeypatch.setitem(verifiers.VERIFIERS, "contains", None)
+    (tmp_path / "own.py").write_text(OWN + verifier + PRESET)
     config = parsed(flag, preset="own.py")
     assert not any(entry in problem for problem in config.problems())
     made = objective.build(divergence=entry, lam=1.0, loss="exact")
     s, t = np.log(np.float32([0.25, 0.5])), np.log(np.float32([0.5, 0.25]))
     np.testing.assert_allclose(made.divergence(s, t), [0.375, 0.375], rtol=1e-6)
-    scores = [v.score for v in verifiers.verify(["A", "a"], [records.record(row, "here")] * 2)]
+    scores = [v.score for v in verifiers.verify(["an A", "a"], [records.record(row, "here")] * 2)]
     assert scores == [1.0, 0.0]
 
 
