@@ -10,9 +10,10 @@ import jax
 import numpy as np
 
 from gopd_jax import data, diagnose, method, metrics, processes, recipe, sharding, step
+from gopd_jax.assembly import views
 from gopd_jax.evaluate import completions
 from gopd_jax.recipe import following
-from gopd_jax.setup import Run, views
+from gopd_jax.setup import Run
 from gopd_jax.types import Mean, Prompts, Record, Rollout, TrainState
 from gopd_jax.verifiers import verify
 

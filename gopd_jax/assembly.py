@@ -1,4 +1,4 @@
-"""The Recipe of a run, from its settings and its loaded models."""
+"""The Recipe of a run, and views of its rows, from its settings and its loaded models."""
 
 import dataclasses
 
@@ -35,6 +35,23 @@ def attention_told(c: settings.Config, mesh, roles) -> str:
         for (name, why), of in found.items()
     ]
     return f"attention of whole rows: {'; '.join(told)}"
+
+
+def views(c: settings.Config, roles) -> dict:
+    """Readers of the teachers and of the reference where they read otherwise than the student.
+
+    roles: name -> setup.Role. Options of data.prompts: teachers by task, reference; absent where
+    they read as it does.
+    """
+    own, found = roles["student"].reader, {}
+    teachers = {t: roles.get(f"teacher:{next(iter(teachers_of(c, t)))}") for t in c.data.tasks}
+    if all(teachers.values()):
+        readers = {task: role.reader for task, role in teachers.items()}
+        if not all(reader.reads_as(own) for reader in readers.values()):
+            found["teachers"] = readers
+    if "reference" in roles and not roles["reference"].reader.reads_as(own):
+        found["reference"] = roles["reference"].reader
+    return found
 
 
 def recipe_of(c: settings.Config, mesh, goal, roles, teachers: tuple[str, ...], stop) -> Recipe:

@@ -160,6 +160,10 @@ class Reader:
             and ours.encoding_fingerprint() == theirs.encoding_fingerprint()
         )
 
+    def takes(self, other: Reader) -> bool:
+        """Whether every prompt that the other has room for has the same ids here, and room."""
+        return self.length >= other.length and self.reads_as(other)
+
 
 def _code(context: Callable | None) -> str:
     """The file of a user's context, helpers and all; "" where a setting says all there is to it."""

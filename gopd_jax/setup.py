@@ -9,7 +9,7 @@ import jax
 
 from gopd_jax import config as settings
 from gopd_jax import data, hub, method, metrics, processes, sharding
-from gopd_jax.assembly import decoder_of, recipe_of
+from gopd_jax.assembly import decoder_of, recipe_of, views
 from gopd_jax.evaluate import held_out
 from gopd_jax.method import teachers_of
 from gopd_jax.models import hf, lora
@@ -281,22 +281,6 @@ def _ending(student: Role, c: settings.Config, stop: tuple[int, ...]) -> Role:
     return dataclasses.replace(student, reader=dataclasses.replace(student.reader, tokenizer=chat))
 
 
-def views(c: settings.Config, roles: dict[str, Role]) -> dict:
-    """Readers of the teachers and of the reference where they read otherwise than the student.
-
-    Options of data.prompts: teachers by task, reference; absent where they read as it does.
-    """
-    own, found = roles["student"].reader, {}
-    teachers = {t: roles.get(f"teacher:{next(iter(teachers_of(c, t)))}") for t in c.data.tasks}
-    if all(teachers.values()):
-        readers = {task: role.reader for task, role in teachers.items()}
-        if not all(reader.reads_as(own) for reader in readers.values()):
-            found["teachers"] = readers
-    if "reference" in roles and not roles["reference"].reader.reads_as(own):
-        found["reference"] = roles["reference"].reader
-    return found
-
-
 def _check_data(c: settings.Config, train: data.Dataset, test, roles, stop) -> None:
     """Every prompt fits, every answer can be verified, there is enough to evaluate on."""
     problems: list[str] = []
@@ -304,16 +288,19 @@ def _check_data(c: settings.Config, train: data.Dataset, test, roles, stop) -> N
     own, other = roles["student"].reader, views(c, roles)
     _try(problems, data.check_lengths, train, own, completion_length=imitates, stop=stop)
     _try(problems, data.check_lengths, test, own)
-    for task, reader in other.get("teachers", {}).items():
-        says = f"teacher {next(iter(teachers_of(c, task)))!r} on task {task!r}: "
-        _try(problems, data.check_lengths, train.only(task), reader, says=says)
+    asked = "teachers" in other or c.objective.source == "teacher" or method.goal(c).teacher
+    # A limit holds for a role without a view too: its context was checked against it.
+    for task in c.data.tasks if asked else ():
+        for name in teachers_of(c, task):
+            reader, says = roles[f"teacher:{name}"].reader, f"teacher {name!r} on task {task!r}: "
+            if not reader.takes(own):
+                _try(problems, data.check_lengths, train.only(task), reader, says=says)
     for name, role in roles.items() if c.evaluation.teachers else ():
-        as_checked = role.reader.reads_as(own) and role.reader.length >= own.length
-        if name.startswith("teacher:") and not as_checked:
+        if name.startswith("teacher:") and not role.reader.takes(own):
             says = f"evaluating {name} (--config.evaluation.teachers=False leaves it out): "
             _try(problems, data.check_lengths, test, role.reader, says=says)
-    if "reference" in other:
-        _try(problems, data.check_lengths, train, other["reference"], says="reference: ")
+    if "reference" in roles and not roles["reference"].reader.takes(own):
+        _try(problems, data.check_lengths, train, roles["reference"].reader, says="reference: ")
     _try(problems, held_out, test, c.evaluation.problems)
     if not c.objective.lam_by_row:
         rows = [

@@ -47,6 +47,52 @@ def test_prompts_as_a_teacher_reads_them_are_held_against_its_own_limits(built, 
         train.prepare(tiny.config(built, teachers=teachers))
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"teacher_math": 20},
+            "teacher 'math' on task 'math': .* longer than teachers.math.prompt_length = 20 tokens",
+        ),
+        ({"base": 20}, "reference: .* longer than reference.prompt_length = 20 tokens"),
+        # Of teachers that are mixed, the second is shown what the first reads.
+        (
+            {"teacher_code": 20, "routes": {"math": "math=0.5, code=0.5"}},
+            "teacher 'code' on task 'math': .* longer than teachers.code.prompt_length = 20 tokens",
+        ),
+    ],
+    ids=str,
+)
+def test_a_limit_holds_for_a_role_that_reads_as_the_student(built, changes, said):
+    """Its model's context is checked against that limit, and the rows are the student's."""
+
+    def model(name):
+        return Model(path=str(built / name), prompt_length=changes.get(name))
+
+    c = tiny.config(
+        built,
+        teachers={"math": model("teacher_math"), "code": model("teacher_code")},
+        reference=model("base"),
+        routes=changes.get("routes", {}),
+        evaluation={"teachers": False},
+    )
+    with pytest.raises(ValueError, match=said):
+        train.prepare(c)
+
+
+def test_a_limit_of_a_teacher_that_nobody_asks_is_of_its_evaluation_alone(built):
+    teachers = {name: Model(path=str(built / f"teacher_{name}")) for name in ("math", "code")}
+    short = built / "short.jsonl"
+    rows = [json.loads(line) for line in (built / "train.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["messages"] = [{"role": "user", "content": "1+1"}]
+    short.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    teachers["math"].prompt_length = 20
+    c = tiny.config(built, teachers=teachers, reference=None, data={"test": str(short)})
+    c.objective, c.batch.rollouts = Objective(advantage="grpo"), 2
+    assert train.prepare(c).roles["teacher:math"].reader.length == 20
+
+
 def test_the_student_alone_recomputes_its_layers(built):
     recipe = train.prepare(tiny.config(built, batch={"remat": "layers"})).recipe
     assert recipe.student.remat == "layers"
