@@ -76,6 +76,8 @@ class Stepper:
 
     def __init__(self, this: Run):
         self.run, self.make = this, prompts_of(this)
+        batch = this.config.batch
+        self.share = sharding.process_share(this.mesh, batch.prompts * batch.rollouts)
         self.key = jax.random.fold_in(jax.random.key(this.config.seed), ROLLOUT_STREAM)
         objective = this.recipe.objective
         self.fused = None if objective.reward else step.fused(this.recipe)
@@ -167,7 +169,8 @@ class Stepper:
             rollout = processes.to_host(rollout)
         with jax.profiler.TraceAnnotation("verify"):
             verdicts = verify(completions(self.run.student.tokenizer, rollout), records)
-        return np.array([verdict.score for verdict in verdicts], np.float32)
+        scores = np.array([verdict.score for verdict in verdicts], np.float32)
+        return processes.agreed(scores, self.share)
 
     def _in_stages(self, state, rows, key, records):
         """The stages around the verifiers' work on the host.

@@ -36,6 +36,19 @@ def largest(n: int) -> jax.Array:
     return jax.jit(jnp.max, out_shardings=NamedSharding(everyone, P()))(n_D)
 
 
+def agreed(values_B: np.ndarray, share: tuple[int, int]) -> np.ndarray:
+    """The least, row by row, of what the processes that hold share (i, n) of the rows found.
+
+    For what a clock may decide, such as a verdict on code: an array that processes hold copies of
+    has to be one. Every process has to take part.
+    """
+    i, n = share
+    if n == jax.process_count():  # each has rows of its own
+        return values_B
+    i_P, values_PB = multihost_utils.process_allgather((np.int32(i), values_B))
+    return values_PB[i_P == i].min(0)
+
+
 def in_turn(tree):
     """The tree, waited for where two programs must not be under way at the same time.
 
