@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 from jax.sharding import Mesh
@@ -138,7 +139,8 @@ def init_state(recipe: Recipe, params: Params, *, seed: int | None = None) -> Tr
     if recipe.critic is not None and seed is None:
         seed = recipe.critic.seed
     start = jax.jit(_start, static_argnums=0, out_shardings=state_shardings(recipe))
-    return start(recipe, params, seed)
+    # A Python int would be an int32, and seeds go up to 2^32.
+    return start(recipe, params, None if seed is None else np.uint32(seed))
 
 
 def _start(recipe: Recipe, params: Params, seed) -> TrainState:

@@ -1,5 +1,7 @@
 """Credit, baselines and the critic in the step, against full logits and sums written out."""
 
+import dataclasses
+
 import full_logits as full
 import jax
 import jax.numpy as jnp
@@ -227,6 +229,16 @@ def test_rows_in_four_pieces_and_wider_prompts_change_nothing(two_steps):
     full.same(got.params, state.params)
     full.same(got.critic.params, state.critic.params, 1e-4)
     full.same(seen, metrics, 2e-5, 2e-5)
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**31, 2**32 - 1])
+def test_the_critic_starts_from_any_seed_that_a_run_may_have(seed):
+    one = of_gae(critic=dataclasses.replace(HEAD, seed=seed))
+    first = init_state(one.recipe, one.params).critic.params["first"]
+    drawn = jax.random.normal(jax.random.key(np.uint32(seed)), first.shape)
+    np.testing.assert_allclose(first * first.shape[0] ** 0.5, drawn, rtol=1e-6)
+    if seed < 2**31:  # as they always were
+        np.testing.assert_array_equal(drawn, jax.random.normal(jax.random.key(seed), first.shape))
 
 
 def test_while_the_critic_warms_up_the_student_stays_as_it_was():
