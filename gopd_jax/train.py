@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jax
 
-from gopd_jax import checkpoint, data, metrics, preflight, results, step
+from gopd_jax import checkpoint, data, metrics, preflight, processes, results, step
 from gopd_jax import config as settings
 from gopd_jax import workdir as workdirs
 from gopd_jax.advance import Stepper, abstract_state, prompts_of
@@ -130,6 +130,9 @@ def finish(begun: Begun) -> Summary:
         judge = _judge(this, writer, progress)
         if not resumed:
             signal_of = _judge_all(this, judge, state, stop, progress.note)
+        elif start == config.steps and _unevaluated(workdir, start):
+            # It was stopped here, when more steps were to come, and shall be exported as it is.
+            judge("student", this.student.decoder, results.whole(this, state), start)
         watch.lap(0)
         advance, under_way = Stepper(this), []  # steps that are dispatched and not yet told of
         tell = _telling(advance, under_way, watch, writer, progress, adviser)
@@ -215,6 +218,14 @@ def _release(this: Run) -> None:
 def _steps(profile: str | None) -> range:
     """The steps that "10:13" names: 10, 11 and 12."""
     return range(*map(int, profile.split(":"))) if profile else range(0)
+
+
+def _unevaluated(workdir: Path, step: int) -> bool:
+    """Whether the student's evaluation after this step is missing. All processes ask and hear what
+    the first one finds, which writes the rows."""
+    told = metrics.read_rows(workdir / metrics.EVALUATION) if jax.process_index() == 0 else []
+    done = any((row["model"], row["step"]) == ("student", step) for row in told)
+    return not int(processes.largest(int(done)))
 
 
 def _judge_all(this: Run, judge, state: TrainState, stop, note) -> int | None:
