@@ -69,7 +69,9 @@ def begin(config: settings.Config) -> Begun:
             f"{config.workdir} holds the results of a finished run, {export}, and no checkpoint to "
             "continue it from; give another --config.workdir, or remove that one to start over"
         )
-    if newest is not None and newest > config.steps:
+    # Another schedule ends with steps, which are then part of what `restore` compares and names.
+    longer_cures = config.optimizer.schedule == "constant"
+    if newest is not None and newest > config.steps and longer_cures:
         raise ValueError(
             f"{config.workdir} holds step {newest} and steps is {config.steps}; give "
             f"--config.steps={newest} or more, or another --config.workdir to start anew"

@@ -55,3 +55,17 @@ def test_a_run_that_ends_where_it_was_stopped_is_evaluated_there(
     assert [row["step"] for row in rows] == [0, 0, 2, 2]
     monkeypatch.setattr(train, "evaluate", None)  # once is enough
     train.run(tiny.config(root, workdir=a, steps=reached, **cheap))
+
+
+def test_fewer_steps_of_a_schedule_that_ends_with_them_are_told_the_number_that_cures(
+    root, tmp_path, stopped
+):
+    cheap = {"workdir": str(tmp_path), "optimizer": {"schedule": "cosine"}}
+    cheap["evaluation"] = {"teachers": False, "problems": 2, "samples": 1, "verify_every": None}
+    stopped(tiny.config(root, **cheap))
+    with pytest.raises(
+        ValueError, match="is of another run:\n  steps: 6 in the checkpoint, 1 now\nUndo the"
+    ) as error:
+        train.begin(tiny.config(root, steps=1, **cheap))
+    assert "or more" not in str(error.value)
+    assert train.begin(tiny.config(root, **cheap)).step == 2
