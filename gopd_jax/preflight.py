@@ -101,11 +101,6 @@ def of_role(probe: Probe, name: str, role: Role) -> list[Check]:
         says = "its weights or activations are not finite; load the checkpoint again"
         bad = {"value": "nan", "limit": "finite", "verdict": "fail", "says": says}
         return [*facts, Check(role=name, name="log-probs", **bad)]
-    text, what = probe.text(name, mine_B)
-    students, _ = probe.text("student", mine_B)
-    limit = -probe.ln_v
-    if name != "student":
-        limit = max(limit, TIMES * students - MORE)
     own = probe.own(name, mine_B)
     return [
         *facts,
@@ -117,6 +112,27 @@ def of_role(probe: Probe, name: str, role: Role) -> list[Check]:
             says=f"ln V = {probe.ln_v:.2f} is a model that knows nothing: random or zeroed "
             "weights; load the checkpoint again",
         ),
+        *_of_text(probe, name, mine_B),
+        _bound(
+            name,
+            "log-prob of own text",
+            own,
+            fail_below=OWN_TEXT,
+            says="it does not follow itself: wrong weights, config.json or template",
+        ),
+    ]
+
+
+def _of_text(probe: Probe, name: str, mine_B) -> list[Check]:
+    """How likely it finds what others wrote; no check where that is nothing, single tokens say."""
+    text, what = probe.text(name, mine_B)
+    students, _ = probe.text("student", mine_B)
+    if text is None or students is None:
+        return []
+    limit = -probe.ln_v
+    if name != "student":
+        limit = max(limit, TIMES * students - MORE)
+    return [
         _bound(
             name,
             f"log-prob of {what}",
@@ -126,14 +142,7 @@ def of_role(probe: Probe, name: str, role: Role) -> list[Check]:
             says=f"the student's is {students:.4g} and a guess's "
             f"{-probe.ln_v:.4g}: its ids, its config.json (rope, norms, heads), some of its layers "
             "or its template are another model's",
-        ),
-        _bound(
-            name,
-            "log-prob of own text",
-            own,
-            fail_below=OWN_TEXT,
-            says="it does not follow itself: wrong weights, config.json or template",
-        ),
+        )
     ]
 
 

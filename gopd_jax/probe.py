@@ -116,12 +116,16 @@ class Probe:
         judged = self.compiled(step.judging, role.decoder)(self.params(role), rollout, view)
         return processes.gather(judged)
 
-    def text(self, name: str, mine_B: np.ndarray) -> tuple[float, str]:
-        """(mean log-prob of the data's completions, or of its prompts' words, what it is)."""
+    def text(self, name: str, mine_B: np.ndarray) -> tuple[float | None, str]:
+        """(mean log-prob of the data's completions, or of its prompts' words, what it is).
+
+        None where there is no token that follows another.
+        """
         if name not in self.texts:
             self.texts[name] = self._text(name)
         logp_BT, mask_BT, what = self.texts[name]
-        return mean(logp_BT, mask_BT & mine_B[:, None]), what
+        mask_BT = mask_BT & mine_B[:, None]
+        return mean(logp_BT, mask_BT) if mask_BT.any() else None, what
 
     def _text(self, name: str) -> tuple[np.ndarray, np.ndarray, str]:
         records, role = self.prompts.records, self.run.roles[name]

@@ -1,8 +1,10 @@
 """Preflight: the real run passes, and each wrong set-up is refused for its reason."""
 
+import copy
 import json
 import math
 import re
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -131,6 +133,20 @@ def test_words_of_prompts_are_shown_and_not_judged(tmp_path):
     shown = [check for check in report.checks if check.name == "log-prob of prompts"]
     assert [check.limit for check in shown] == ["none"] * 4
     assert all(float(check.value) < -1 for check in shown)
+
+
+def test_prompts_of_one_token_have_no_words_that_follow_and_no_check_of_them(right, tmp_path):
+    c = copy.deepcopy(right[0])
+    for name in ("train", "test"):
+        rows = [json.loads(row) for row in Path(getattr(c.data, name)).read_text().splitlines()]
+        for row in rows:
+            del row["completion"]
+            row["messages"] = [{"role": "user", "content": "7"}]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        setattr(c.data, name, str(tmp_path / f"{name}.jsonl"))
+    report = preflight.run(train.begin(c).this)
+    assert not any("log-prob of prompts" in check.name for check in report.checks)
+    assert "nan" not in {check.value for check in report.checks}
 
 
 def test_a_number_that_is_none_fails():
