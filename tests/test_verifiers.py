@@ -1,6 +1,8 @@
 """Verdicts by verifier: what is right in which forms, what is wrong."""
 
+import json
 import time
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -37,6 +39,7 @@ def test_unknown_verifier_names_the_known_ones_and_the_record():
         ([Verdict(-0.1, "no")], "gives -0.1 "),
         ([Verdict(float("nan"), "what")], "gives nan "),
         ([Verdict("1", "text")], "gives '1' "),
+        ([Verdict(1.0, None)], "'own' gives the reason None of a completion for memory:1"),
         (
             [True],
             r"'own' says True of a completion for memory:1; return a Verdict\(score, reason\)",
@@ -52,6 +55,9 @@ def test_what_is_no_verdict_is_an_error_that_names_the_verifier(monkeypatch, sai
     fine = [Verdict(np.float32(0.5), "half")]
     monkeypatch.setitem(VERIFIERS, "own", lambda completions, records: iter(fine))
     assert verify(["x"], [record("own", "x")]) == fine
+    fine = [Verdict(Fraction(1, 2), "half")]  # a number that JSON does not take
+    (verdict,) = verify(["x"], [record("own", "x")])
+    assert json.loads(json.dumps(verdict.score)) == 0.5
 
 
 def test_lists_of_different_lengths_and_malformed_answers_are_errors():
@@ -64,8 +70,14 @@ def test_lists_of_different_lengths_and_malformed_answers_are_errors():
     for answer in (r"so \boxed{14}", "#### 18"):
         with pytest.raises(ValueError, match=r"the answer of memory:1, '.*give the value alone"):
             verify([r"\boxed{14}"], [record("math", answer)])
+    with pytest.raises(ValueError, match="memory:1 has the entry 'lambda', a word of Python's own"):
+        verify(["x"], [record("code", {"entry": "lambda", "tests": [{"args": [], "want": 1}]})])
     with pytest.raises(ValueError, match=r"cpu_s = 0.5"):
         code([], [], cpu_s=0.5)
+    for option in ("wall_s='5'", "cpu_s=None", "memory_mb='256'", "memory_mb=256.5", "wall_s=True"):
+        told = f"verifier of memory:1: code has .*{option.replace('=', ' = ')}.*; give whole"
+        with pytest.raises(ValueError, match=told):
+            verify(["x"], [record(f"code({option})", SUM)])
 
 
 @pytest.mark.parametrize(

@@ -44,13 +44,15 @@ def verify(completions: Sequence[str], records: Sequence[Record]) -> list[Verdic
                 f"verifier {spec!r} returns {len(judged)} verdicts for {len(rows)} completions"
             )
         for row, verdict in zip(rows, judged):
-            _check(verdict, spec, records[row])
-            verdicts[row] = verdict
+            verdicts[row] = _checked(verdict, spec, records[row])
     return [verdicts[row] for row in range(len(records))]
 
 
-def _check(verdict, spec: str, record: Record) -> None:
-    """A score that is not a number stops all learning, one above 1 is an accuracy above 100 %."""
+def _checked(verdict, spec: str, record: Record) -> Verdict:
+    """The verdict with its score as a float, which any number may be: rows of JSON take no other.
+
+    A score that is not a number stops all learning, one above 1 is an accuracy above 100 %.
+    """
     if not isinstance(verdict, Verdict):
         raise ValueError(
             f"verifier {spec!r} says {verdict!r:.60} of a completion for {record.source}; return a "
@@ -61,3 +63,9 @@ def _check(verdict, spec: str, record: Record) -> None:
             f"verifier {spec!r} gives {verdict.score!r} to a completion for {record.source}; a "
             "score is a number from 0 to 1"
         )
+    if not isinstance(verdict.reason, str):
+        raise ValueError(
+            f"verifier {spec!r} gives the reason {verdict.reason!r:.60} of a completion for "
+            f"{record.source}; a reason is a str"
+        )
+    return Verdict(float(verdict.score), verdict.reason)

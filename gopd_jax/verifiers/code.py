@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import keyword
 import re
 import signal
 import textwrap
@@ -36,11 +37,7 @@ def code(
     seconds, memory_mb MiB of address space, of which the interpreter has about 18. ValueError for
     limits or an answer that make no sense; RuntimeError where the sandbox cannot be started.
     """
-    if type(cpu_s) is not int or cpu_s < 1 or not 0 < wall_s < 3600 or memory_mb < 64:
-        raise ValueError(
-            f"code has cpu_s = {cpu_s}, wall_s = {wall_s}, memory_mb = {memory_mb}; give whole "
-            "seconds from 1, seconds between 0 and 3600, and MiB from 64"
-        )
+    _check_limits(records, cpu_s=cpu_s, wall_s=wall_s, memory_mb=memory_mb)
     answers = {r.answer: None for r in records}
     for record in records:
         answers[record.answer] = answers[record.answer] or _answer(record)
@@ -67,6 +64,18 @@ def code(
     return [verdicts[pair] for pair in pairs]
 
 
+def _check_limits(records: Sequence[Record], *, cpu_s, wall_s, memory_mb) -> None:
+    """ValueError names the limits and the first record that has them."""
+    whole = type(cpu_s) is int and type(memory_mb) is int
+    number = isinstance(wall_s, int | float) and not isinstance(wall_s, bool)
+    if not whole or not number or cpu_s < 1 or not 0 < wall_s < 3600 or memory_mb < 64:
+        of = f"verifier of {records[0].source}: " if records else ""
+        raise ValueError(
+            f"{of}code has cpu_s = {cpu_s!r}, wall_s = {wall_s!r}, memory_mb = {memory_mb!r}; give "
+            "whole seconds from 1, seconds between 0 and 3600, and whole MiB from 64"
+        )
+
+
 def _answer(record: Record) -> tuple[str, list[dict]]:
     """(entry, tests) of a record."""
     try:
@@ -76,6 +85,11 @@ def _answer(record: Record) -> tuple[str, list[dict]]:
         good = good and tests and all(isinstance(t["args"], list) and "want" in t for t in tests)
     except (ValueError, KeyError, TypeError, RecursionError):
         good = False
+    if good and keyword.iskeyword(entry):
+        raise ValueError(
+            f"answer of {record.source} has the entry {entry!r}, a word of Python's own that no "
+            "function can be called; give it another name"
+        )
     if not good:
         raise ValueError(
             f"answer of {record.source} is {record.answer[:80]!r}; the code verifier needs JSON "
