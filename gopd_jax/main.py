@@ -43,8 +43,14 @@ def main(argv):
         refuse(f"unexpected arguments {argv[1:]}; settings are --config.key=value")
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # the checkpointer tells every move at INFO
+    alone = [f"--{f.name}={f.value}" for f in (PROCESSES, PROCESS) if f.value is not None]
     if DISTRIBUTED.value or COORDINATOR.value:
         jax.distributed.initialize(COORDINATOR.value, PROCESSES.value, PROCESS.value)
+    elif alone:  # each process would be a run of its own, in one workdir
+        refuse(
+            f"{' '.join(alone)} without others to meet: give --coordinator=HOST:PORT of process 0, "
+            "or --distributed where the cluster tells it"
+        )
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", Path.home() / ".cache/gopd_jax/xla")
     jax.config.update("jax_compilation_cache_dir", str(cache))
     memory.give_back_after_compiling()

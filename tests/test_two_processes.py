@@ -164,3 +164,12 @@ def test_the_launcher_passes_wrong_input_on_and_refuses_wrong_use(root):
         done = subprocess.run([LOCAL, *arguments], capture_output=True, text=True)
         assert done.returncode == 2
         assert done.stderr.startswith("usage: ")
+
+
+@pytest.mark.parametrize("flag", ["--processes=2", "--process=0"])
+def test_one_of_several_processes_has_to_be_told_where_they_meet(root, flag):
+    done = tiny.run(root, flag, f"--config.workdir={root}/alone")
+    assert done.returncode == 2
+    assert f"{flag} without others to meet: give --coordinator=HOST:PORT" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (root / "alone").exists()
