@@ -68,9 +68,11 @@ def find_context(text: str | None) -> Callable[[Record], Messages] | None:
         return resolve(text, CONTEXTS)
     try:
         found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, SyntaxError) as error:
+    except Exception as error:  # a user's module may raise anything while it is imported
+        known = isinstance(error, ImportError | AttributeError | SyntaxError)
+        said = str(error) if known else f"{type(error).__name__}: {error}"
         raise ValueError(
-            f"context {text!r} cannot be imported: {error}; give one of {sorted(CONTEXTS)}, or "
+            f"context {text!r} cannot be imported: {said}; give one of {sorted(CONTEXTS)}, or "
             "module:function of a module on PYTHONPATH, which takes a Record and returns chat turns"
         ) from error
     if not callable(found):
@@ -128,7 +130,7 @@ class Reader:
     def ids(self, record: Record) -> list[int]:
         """ValueError names the record where template or context refuse it."""
         try:
-            turns = record.messages if self.context is None else _turns(self.context(record))
+            turns = record.messages if self.context is None else _shown(self.context, record)
             ids = self.tokenizer.render(turns)
         except ValueError as error:
             told = str(error)
@@ -177,8 +179,19 @@ def _code(context: Callable | None) -> str:
     return Path(file).read_text() if file and Path(file).is_file() else ""
 
 
-def _turns(value) -> Messages:
-    """What a context returned, checked: a user's function may return anything."""
+def _shown(context: Callable, record: Record) -> Messages:
+    """What a context makes of a record, checked: a user's function may raise or return anything."""
+    try:
+        value = context(record)
+    except ValueError:  # in its own words
+        raise
+    except Exception as error:
+        function = getattr(context, "func", context)
+        name = getattr(function, "__qualname__", repr(function))
+        raise ValueError(
+            f"{record.source}: the context {getattr(function, '__module__', None)}:{name} raises "
+            f"{type(error).__name__}: {error}"
+        ) from error
     turns = list(value) if isinstance(value, list | tuple) else None
     if not turns or not all(
         isinstance(t, dict) and all(isinstance(t.get(k), str) for k in ("role", "content"))

@@ -94,6 +94,25 @@ def test_a_users_own_context(chat, monkeypatch):
         dataclasses.replace(plain, context=find_context("mine:wrong")).ids(RECORD)
 
 
+def test_an_error_in_a_users_module_names_the_module_or_the_record(chat, monkeypatch, tmp_path):
+    (tmp_path / "broken.py").write_text("HINTS = {}['hints']\n")
+    (tmp_path / "hints.py").write_text(
+        "def key(record): return {}[record.answer]\n"
+        "def attribute(record): return record.hint\n"
+        "def own(record): raise ValueError('no hint')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match="'broken:f' cannot be imported: KeyError: 'hints'; give"):
+        find_context("broken:f")
+    for name, said in (
+        ("key", "rows.jsonl:7: the context hints:key raises KeyError: '42'"),
+        ("attribute", "rows.jsonl:7: the context hints:attribute raises AttributeError: .*'hint'"),
+        ("own", "rows.jsonl:7: no hint"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            Reader(tokenizer=chat, length=64, context=find_context(f"hints:{name}")).ids(RECORD)
+
+
 def test_template_options_reach_the_template(chat):
     assert template_options(None) == {}
     assert template_options("a=False, b='x'") == {"a": False, "b": "x"}
