@@ -1,8 +1,11 @@
 """Advice: what triggers each, what close by does not, and flags that exist."""
 
+import ast
+import importlib
 import json
 import math
 import re
+import shlex
 
 import pytest
 
@@ -365,3 +368,68 @@ def test_a_tasks_reward_turns_the_gradient_and_is_no_noise():
     mixed = CONFIG | {"objective": {"lam": 1.25, "loss": "policy_gradient", "task": "grpo"}}
     assert "cosine 0.01" in ADVICE["variance"](rows, CONFIG)
     assert ADVICE["variance"](rows, mixed) is None
+
+
+# --- what a run would be refused for
+
+PRESETS = ("opd", "exopd", "opd_plus", "grpo", "kdrl", "sft", "eopd", "gae_opd", "gkd", "cr_opd")
+
+
+def preset(name):
+    return importlib.import_module(f"configs.{name}").get_config()
+
+
+def given(name, flag):
+    """The preset under a flag."""
+    made = preset(name)
+    key, value = flag.removeprefix("--config.").split("=", 1)
+    *path, last = key.split(".")
+    section = made
+    for part in path:
+        section = getattr(section, part)
+    try:
+        value = ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        value = None if value == "none" else value
+    setattr(section, last, value)
+    return made
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_run_takes_every_flag_that_it_is_told_to_try(name):
+    config, n_flags = to_dict(preset(name)), 0
+    for _, _, rows, *_ in CASES:
+        for sentence in advise(rows, config).values():
+            for flag in re.findall(r"--config\.[\w.]+=(?:'.*?'|[^\s,]+)", sentence):
+                (flag,), n_flags = shlex.split(flag.rstrip(".")), n_flags + 1
+                assert given(name, flag).problems(files=False) == [], sentence
+    assert n_flags > 5
+
+
+@pytest.mark.parametrize(
+    ("name", "loss"), [("grpo", None), ("kdrl", None), ("eopd", None), ("opd", "exact")]
+)
+def test_no_noise_is_found_where_the_mean_is_0_by_design_or_nothing_is_sampled(name, loss):
+    rows = flat(advantage_snr=0.0, tokens=100.0, **{"probe/cosine": 0.01})
+    assert "variance" in advise(rows, to_dict(preset("opd")))
+    config = preset(name)
+    config.objective.loss = loss or config.objective.loss
+    assert "variance" not in advise(rows, to_dict(config))
+
+
+def test_a_cure_that_would_be_refused_is_left_out_and_others_stay():
+    rows = stepped({"entropy": 1.0}, {"entropy": 0.4})
+    config = preset("eopd")
+    for stored in (to_dict(config), json.loads(json.dumps(to_dict(config)))):
+        sentence = ADVICE["diversity_loss"](rows, stored)
+        assert "; try --config.objective.regularizers='(\"entropy(weight=0.001)\",)'" in sentence
+    assert "divergence=jsd" in ADVICE["diversity_loss"](rows, to_dict(preset("opd")))
+    # A reward of one completion a prompt has nothing to compare with.
+    falls = stepped({"reward": 0.9, "kl_teacher": 0.2}, {"reward": 0.5, "kl_teacher": 0.1})
+    config = preset("opd")
+    assert config.batch.rollouts == 1
+    assert "task=grpo" not in ADVICE["reward_falls"](falls, to_dict(config))
+    config.batch.rollouts, config.batch.prompts = 4, config.batch.prompts // 4
+    assert "task=grpo" in ADVICE["reward_falls"](falls, to_dict(config))
+    # Of settings that are wrong already nothing can be told.
+    assert "task=grpo" in ADVICE["reward_falls"](falls, {"batch": {"prompts": 100}})

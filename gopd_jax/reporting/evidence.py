@@ -6,8 +6,18 @@ in either.
 
 from __future__ import annotations
 
+import ast
+import dataclasses
+import functools
+import json
 import math
+import re
+import types
+import typing
 from collections.abc import Iterable
+
+from gopd_jax.config import Config
+from gopd_jax.objectives.objective import TABLES, names, over_vocabulary
 
 # Rows that are looked at: of a run's beginning and of its end. So a step costs the same at the end
 # of a long run, and what has passed is forgotten.
@@ -25,6 +35,12 @@ def setting(config: dict, key: str, default=None):
 
 def lam_of(config: dict) -> float:
     return setting(config, "objective.lam", 1.0)
+
+
+def sampled(config: dict) -> bool:
+    """Whether the gradient is of the sampled tokens, and not of each state's distribution."""
+    loss = TABLES["loss"].get(setting(config, "objective.loss", "").split("(")[0])
+    return loss is None or "advantage_x" in names(loss) or not over_vocabulary(loss)
 
 
 def quarter(config: dict) -> int:
@@ -93,14 +109,59 @@ def percent(share: float) -> str:
     return f"{100 * share:.2g} %" if share < 0.0995 else f"{100 * share:.0f} %"
 
 
+def refused(config: dict, flag: str) -> bool:
+    """Whether a run would be refused for `flag`, --config.KEY=VALUE; False for other words.
+
+    Nor is it told of settings that are not right themselves: a part of some, or a later version's.
+    """
+    given = re.fullmatch(r"--config\.([\w.]+)=('.*'|\S+)", flag)
+    if given is None:
+        return False
+    text = json.dumps(config, sort_keys=True)
+    return not _wrong(text) and _wrong(text, *given.groups())
+
+
+@functools.lru_cache(maxsize=1024)  # 20 ms, and advice is sought at every row
+def _wrong(config: str, key: str | None = None, value: str = "") -> bool:
+    found = {name: x for name, x in json.loads(config).items() if x is not None}
+    made = _typed(Config, {"workdir": "run", "student": {}} | found)
+    if key is not None:
+        *path, last = key.split(".")
+        section = functools.reduce(getattr, path, made)
+        if section is None:
+            return True
+        try:
+            entry = ast.literal_eval(value.strip("'"))
+        except (ValueError, SyntaxError):
+            entry = None if value == "none" else value.strip("'")
+        setattr(section, last, entry)
+    return bool(made.problems(files=False))
+
+
+def _typed(kind, value):
+    """A setting of this type from JSON's lists and dicts; what a section lacks is its default."""
+    if isinstance(kind, types.UnionType):
+        kind = typing.get_args(kind)[0]  # of X | None
+    if value is None:
+        return None
+    if dataclasses.is_dataclass(kind):
+        of = {f.name: f.type for f in dataclasses.fields(kind) if f.name in value}
+        return kind(**{name: _typed(one, value[name]) for name, one in of.items()})
+    if typing.get_origin(kind) is dict:
+        return {name: _typed(typing.get_args(kind)[1], x) for name, x in value.items()}
+    return tuple(value) if typing.get_origin(kind) is tuple else value
+
+
 def say(config: dict, found: str, *cures: tuple[str, str, str] | str | None) -> str:
     """`found`, and what to try of what is not set already.
 
     A cure is words, None, or (key, entry, why): a flag that sets the key, or adds to a tuple of
-    entries; left out where the entry's name, without options, is in the setting already.
+    entries; left out where the entry's name, without options, is in the setting already, and where
+    a run with it would be refused.
     """
     told = []
     for cure in cures:
+        why = ""
         if isinstance(cure, tuple):
             key, entry, why = cure
             now = setting(config, key)
@@ -111,7 +172,7 @@ def say(config: dict, found: str, *cures: tuple[str, str, str] | str | None) -> 
                 value = "(" + "".join(f'"{each}",' for each in (*(now or ()), entry)) + ")"
             # Options and tuples hold signs that a shell would read.
             value = f"'{value}'" if set(value) & set('()"') else value
-            cure = f"--config.{key}={value}" + (f" ({why})" if why else "")
-        if cure:
-            told.append(cure)
+            cure = f"--config.{key}={value}"
+        if cure and not refused(config, cure):
+            told.append(cure + (f" ({why})" if why else ""))
     return f"{found}; try {', or '.join(told)}." if told else f"{found}."
