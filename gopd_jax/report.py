@@ -159,9 +159,7 @@ def _results(runs: list[Run], tasks: list[str]) -> list[dict]:
             gains = {
                 task: {
                     "points": cells[task]["accuracy"] - before[task]["accuracy"],
-                    "gap": recovered(
-                        before[task], cells[task], others.get(run.teacher(task), {}).get(task)
-                    ),
+                    "gap": recovered(before[task], cells[task], run.judge(task)),
                 }
                 for task in cells
                 if step != steps[0] and task in before
@@ -198,8 +196,9 @@ def _samples(runs: list[Run], tasks: list[str]) -> list[dict]:
                 heading = f"{run.name}, step {step}" if later else f"student, step {step}"
                 shown = [row for row in rows if (row["model"], row["step"]) == ("student", step)]
                 columns.setdefault(heading, _by_prompt(shown))
-            if teacher := [row for row in rows if row["model"] == run.teacher(task)]:
-                columns.setdefault(run.teacher(task), _by_prompt(teacher))
+            for name in run.teachers(task):
+                if teacher := [row for row in rows if row["model"] == name]:
+                    columns.setdefault(name, _by_prompt(teacher))
         # The teacher last, whichever run brought it.
         columns = dict(sorted(columns.items(), key=lambda column: column[0].startswith("teacher:")))
         prompts = [*dict.fromkeys(p for heading in columns for p in columns[heading])]

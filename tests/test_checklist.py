@@ -272,6 +272,52 @@ def test_tasks_that_fell_are_negative_results_with_their_error():
     assert text["samples"] == "64 problems of each task, 4 completions of each"
 
 
+def evaluated(*models, stderr=0.01):
+    """The student at 50 % and then 60, and teachers at 70 % of both tasks."""
+    student = (evaluation_at(i, "student", (x, x), stderr) for i, x in ((0, 0.5), (2, 0.6)))
+    teachers = (evaluation_at(0, f"teacher:{name}", (0.7, 0.7), stderr) for name in models)
+    return [row for rows in (*student, *teachers) for row in rows]
+
+
+def test_a_teacher_that_nobody_evaluated_is_not_said_to_be_behind():
+    def way(*models, **changes):
+        return told(made(evaluation=evaluated(*models), **changes))[
+            "share of the way to the teacher"
+        ]
+
+    unknown = "not known: its teacher was not evaluated"
+    assert way("math") == "math 50 %; code 50 %"
+    assert way() == f"math {unknown}; code {unknown}"
+    assert way("math", routes={}) == f"math 50 %; code {unknown}"
+    assert way(teachers={}) is None
+    # 3 points ahead, where two standard errors are 2.8 and 14.
+    ahead = [*evaluated(), *evaluation_at(0, "teacher:math", (0.53, 0.53), stderr=0.01)]
+    assert told(made(evaluation=ahead))["share of the way to the teacher"].startswith("math 333 %")
+    ahead = [row | {"stderr": 0.05} for row in ahead]
+    text = told(made(evaluation=ahead))["share of the way to the teacher"]
+    assert text.startswith("math none: its teacher is not ahead by 2 standard errors;")
+    mixed = {"math": "math=0.7, code=0.3", "code": "math"}
+    assert way("math", routes=mixed) == (
+        f"math to teacher:math 50 %; math to teacher:code {unknown}; code 50 %"
+    )
+
+
+def test_one_problem_has_no_standard_error_and_nothing_is_claimed_of_it():
+    fell = [
+        *evaluation_at(0, "student", (0.9, 0.5), stderr=None),
+        *evaluation_at(2, "student", (0.1, 0.6), stderr=None),
+        *evaluation_at(0, "teacher:math", (1.0, 1.0), stderr=None),
+    ]
+    text = told(made(evaluation=fell))
+    why = "one problem has no standard error"
+    assert (
+        text["share of the way to the teacher"] == f"math not known: {why}; code not known: {why}"
+    )
+    assert text["tasks that got worse"] == (
+        "math by 80.0 points, of one problem, which has no standard error"
+    )
+
+
 def strict(path):
     def refuse(constant):
         raise AssertionError(constant)

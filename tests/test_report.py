@@ -307,3 +307,29 @@ def test_the_running_mean_is_centred():
     got = plots.running_mean(values)
     want = [values[max(i - 4, 0) : i + 5].mean() for i in range(200)]
     np.testing.assert_allclose(got, want, atol=1e-12)
+
+
+def test_teachers_of_a_mixture_are_beside_the_student_each_under_its_own_name(tmp_path):
+    def mix(workdir, routes):
+        made = make_run(workdir)
+        info = json.loads((made / "run.json").read_text())
+        info["config"]["routes"] = routes
+        (made / "run.json").write_text(json.dumps(info))
+        return report._read(made, made.name)
+
+    mixed = mix(tmp_path / "mixed", {"math": "math=0.7, code = 0.3"})
+    plain = mix(tmp_path / "plain", {})
+    assert mixed.teachers("math") == ["teacher:math", "teacher:code"]
+    assert plain.teachers("math") == ["teacher:math"]
+    (shown,) = report._samples([mixed], ["math"])
+    assert [heading for heading, _ in shown["shown"][0][1]][-1] == "teacher:math"
+    legends = [
+        [label for label, *_ in plots.accuracy_figures(runs, ["math"])[0]["legend"]]
+        for runs in ([mixed, mixed], [plain, plain])
+    ]
+    assert [name for name in legends[0] if "teacher" in name] == ["teacher:math", "teacher:code"]
+    assert [name for name in legends[1] if "teacher" in name] == ["teacher:math"]
+    # Of which of them would the share be?
+    gaps = [report._results([run], ["math"])[1]["gains"]["math"]["gap"] for run in (mixed, plain)]
+    assert gaps[0] is None
+    assert gaps[1] == pytest.approx((0.84 - 0.46) / (0.82 - 0.46))

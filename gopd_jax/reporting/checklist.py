@@ -182,14 +182,20 @@ def _preflight(run: Run) -> str:
 def recovered(before: dict, now: dict, teacher: dict | None) -> float | None:
     """Share of the way from `before` to the teacher's accuracy that `now` has gone.
 
-    None where that way is shorter than two standard errors: the share would be noise.
+    None where that way is shorter than two standard errors, or these are not known: the share would
+    be noise.
     """
-    if teacher is None:
+    error = None if teacher is None else _error(before, teacher)
+    if error is None:
         return None
     way = teacher["accuracy"] - before["accuracy"]
-    if way <= N_ERRORS * math.hypot(teacher["stderr"] or 0.0, before["stderr"] or 0.0):
-        return None
-    return (now["accuracy"] - before["accuracy"]) / way
+    return None if way <= N_ERRORS * error else (now["accuracy"] - before["accuracy"]) / way
+
+
+def _error(one: dict, other: dict) -> float | None:
+    """The standard error of a difference of accuracies; None where either was of one problem."""
+    errors = [one["stderr"], other["stderr"]]
+    return math.hypot(*errors) if all(map(evidence.is_number, errors)) else None
 
 
 def _ends(run: Run) -> tuple[dict[str, dict], dict[str, dict]]:
@@ -200,14 +206,27 @@ def _ends(run: Run) -> tuple[dict[str, dict], dict[str, dict]]:
     return student[min(student)], student[max(student)]
 
 
-def _gap(run: Run) -> str:
+def _gap(run: Run) -> str | None:
+    if run.info.get("config", {}).get("teachers") == {}:
+        return None
     (before, after), others, told = _ends(run), run.others(), []
     for task in (task for task in before if task in after):
-        teacher = others.get(run.teacher(task), {}).get(task)
-        share = recovered(before[task], after[task], teacher)
-        why = f"no teacher is ahead by {N_ERRORS:g} standard errors"
-        told.append(f"{task} {why if share is None else f'{100 * share:.0f} %'}")
+        names = run.teachers(task)
+        for name in names:
+            teacher = others.get(name, {}).get(task)
+            share = recovered(before[task], after[task], teacher)
+            way = _no_share(before[task], teacher) if share is None else f"{100 * share:.0f} %"
+            told.append(f"{task}{f' to {name}' if len(names) > 1 else ''} {way}")
     return "; ".join(told)
+
+
+def _no_share(before: dict, teacher: dict | None) -> str:
+    """Why there is no share of the way to a teacher."""
+    if teacher is None:
+        return "not known: its teacher was not evaluated"
+    if _error(before, teacher) is None:
+        return "not known: one problem has no standard error"
+    return f"none: its teacher is not ahead by {N_ERRORS:g} standard errors"
 
 
 def _advice(run: Run) -> str:
@@ -233,11 +252,13 @@ def _worse(run: Run) -> str:
         if task not in before or now["accuracy"] >= before[task]["accuracy"]:
             continue
         fell = before[task]["accuracy"] - now["accuracy"]
-        error = math.hypot(now["stderr"] or 0.0, before[task]["stderr"] or 0.0)
+        error, by = _error(now, before[task]), f"{task} by {100 * fell:.1f} points"
+        if error is None:
+            told.append(f"{by}, of one problem, which has no standard error")
+            continue
         clear = "beyond" if fell > N_ERRORS * error else "within"
         told.append(
-            f"{task} by {100 * fell:.1f} points, {clear} {N_ERRORS:g} standard errors "
-            f"({100 * error:.1f}) of the difference"
+            f"{by}, {clear} {N_ERRORS:g} standard errors ({100 * error:.1f}) of the difference"
         )
     return "; ".join(told) or "none"
 

@@ -63,10 +63,16 @@ class Run:
                 found.setdefault(row["model"], {})[row["task"]] = row
         return found
 
-    def teacher(self, task: str) -> str:
-        """Name under which the task's own teacher is evaluated."""
+    def teachers(self, task: str) -> list[str]:
+        """Names under which the task's own teachers are evaluated: one, or those of a mixture."""
         routes = self.info.get("config", {}).get("routes", {})
-        return f"teacher:{routes.get(task, task)}"
+        parts = routes.get(task, task).split(",")
+        return [f"teacher:{part.split('=')[0].strip()}" for part in parts]
+
+    def judge(self, task: str) -> dict | None:
+        """The last evaluation of the task's teacher; None without one, or of several teachers."""
+        rows = [self.others().get(name, {}).get(task) for name in self.teachers(task)]
+        return rows[0] if len(rows) == 1 else None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -181,9 +187,9 @@ def accuracy_figures(runs: list[Run], tasks: list[str]) -> list[dict]:
             lines.append(Line(label=label, points=points, colour=colour, bands=(band,)))
             levels |= {m: by_task[task] for m, by_task in run.others().items() if task in by_task}
         for model, row in levels.items():
-            if len(runs) > 1 and all(model != run.teacher(task) for run in runs):
+            if len(runs) > 1 and all(model not in run.teachers(task) for run in runs):
                 continue
-            own = [t for t in tasks if runs[0].teacher(t) == model]
+            own = [t for t in tasks if model in runs[0].teachers(t)]
             colour = series(tasks.index(own[0])) if len(runs) == 1 and len(own) == 1 else MUTED
             points = [(row["step"], row["accuracy"])]
             lines.append(Line(label=model, points=points, colour=colour, dashed=True, level=True))
