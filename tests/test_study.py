@@ -113,7 +113,7 @@ def test_a_killed_study_goes_on_and_nothing_is_done_twice(scope, ran):
     with pytest.raises(RuntimeError, match="killed"):
         study.run(scope)
     file = scope.out / "results.jsonl"
-    assert len(file.read_text().splitlines()) == 5
+    assert len(file.read_text().splitlines()) == 5 + 1  # and the seconds of a step
     with file.open("a") as stream:
         stream.write('{"kind": "cell", "method": "op')  # torn by the kill
     ran.limit = None
@@ -153,6 +153,27 @@ def test_equal_time_is_the_steps_by_the_ratio_of_the_step_times(scope, ran):
     assert under_way.steps("exopd_top16_time") == scope.steps // 2
     assert under_way.steps("exopd_exact_time") == scope.steps // 4
     assert under_way.steps("exopd") is None
+
+
+def test_equal_time_is_measured_also_for_a_method_that_is_asked_for_alone(scope, ran):
+    name = "exopd_top16_time"
+    study.run(scope, (name,))
+    under_way = study.Study(scope)
+    assert under_way.steps(name) == scope.steps // 2
+    line = under_way.found("cell", method=name, seed=0)
+    assert line["identity"] == identity(name, scope, 0, scope.steps // 2)
+    study.run(scope)  # takes it, and times nothing anew
+    assert ran.names.count((name, 0)) == 1
+    kinds = [json.loads(line)["kind"] for line in (scope.out / "results.jsonl").open()]
+    assert kinds.count("timing") == 1
+
+
+def test_a_result_at_equal_steps_is_not_taken_for_one_at_equal_time(scope, ran):
+    name = "exopd_top16_time"
+    made_by = identity(name, scope, 0)
+    study.Study(scope).add({"kind": "cell", "method": name, "seed": 0, "identity": made_by})
+    with pytest.raises(ValueError, match="a result of exopd_top16_time, seed 0 that other"):
+        study.run(scope, (name,))
 
 
 # --- the command

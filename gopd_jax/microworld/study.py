@@ -154,6 +154,11 @@ class Study:
         self.add({**line, **found, "batches": BATCHES, "seconds": seconds})
         self.console.print(f"{group}: gradient of {name}  {found}", highlight=False)
 
+    def timed(self, group: str) -> None:
+        """Time the group's methods, unless that is done."""
+        if self.found("timing", group=group) is None:
+            self.time(group)
+
     def time(self, group: str) -> None:
         names = GROUPS[group].timed
         taken = step_seconds({name: self.trainer(name) for name in names}, TIMED_STEPS)
@@ -181,12 +186,17 @@ def run(scope: Scope, only: tuple[str, ...] = ()) -> None:
         raise ValueError(f"there is no {sorted(unknown)}; there are {[*GROUPS, *METHODS]}")
     study, planned = Study(scope), cells(scope)
     wanted = [c for c in planned if not only or c.method in only or _among(c.method, only)]
-    left = {cell.key for cell in wanted if not study.finished(cell)}
+    of_equal_time = [cell for cell in wanted if METHODS[cell.method].steps_of is not None]
+    left = {c.key for c in wanted if c not in of_equal_time and not study.finished(c)}
+    # Which results of these count, and how long they are trained, these lines tell.
+    for group in dict.fromkeys(_timed_in(METHODS[cell.method].steps_of) for cell in of_equal_time):
+        study.timed(group)
+    left |= {cell.key for cell in of_equal_time if not study.finished(cell)}
     for group, of in GROUPS.items():
         mine = [c for c in wanted if c.group == group and c.key in left]
         whole = not only or group in only
-        if whole and of.timed and study.found("timing", group=group) is None:
-            study.time(group)
+        if whole and of.timed:
+            study.timed(group)
         for cell in mine:
             study.run_cell(cell)
         for name in of.gradients if whole else ():
