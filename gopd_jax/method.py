@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Iterator
 
+from gopd_jax import notes
 from gopd_jax.objectives import checks, objective
 from gopd_jax.objectives.baselines import BASELINES
 
@@ -256,7 +257,8 @@ def unused(config) -> Iterator[str]:
     if made is None:
         return
     plain = {"lam": 1, "lam_schedule": "constant", "task_lam": {}, "lam_by_row": False}
-    for key in (key for key, x in plain.items() if not made.teacher and getattr(o, key) != x):
+    plain["ratio_cap"] = None
+    for key in (key for key, x in plain.items() if not made.drawn and getattr(o, key) != x):
         yield (
             f"objective.{key} = {getattr(o, key)} has no effect in "
             f"objective.advantage = {o.advantage!r}"
@@ -265,9 +267,7 @@ def unused(config) -> Iterator[str]:
         yield f"objective.mixture = {o.mixture!r} has no effect: no task has several teachers"
     if c.reference is not None and not made.reference:
         why = (
-            "objective.lam = 1, where it cancels"
-            if made.teacher
-            else f"advantage = {o.advantage!r}"
+            "objective.lam = 1, where it cancels" if made.drawn else f"advantage = {o.advantage!r}"
         )
         yield f"reference = {c.reference.path!r} is not loaded: {why}"
     loaded = roles(c)
@@ -287,47 +287,12 @@ def unused(config) -> Iterator[str]:
                 f"{key} clips nothing in the first update of a batch, and there is only one; raise "
                 "batch.updates or batch.epochs"
             )
-    rows = c.batch.prompts * c.batch.rollouts
-    if c.sampling.slots is not None and (c.sampling.slots >= rows or o.source == "data"):
-        yield (
-            f"sampling.slots = {c.sampling.slots} has no effect: a step samples "
-            f"{0 if o.source == 'data' else rows} rows"
-        )
     if c.sampling.lag and o.importance == "none" and o.rejection == "none":
         yield (
             f"sampling.lag = {c.sampling.lag} is not corrected: objective.importance and rejection "
             "are 'none'"
         )
-    yield from _futile(c, o, made)
-
-
-def _futile(c, o, made) -> Iterator[str]:
-    """Choices of an objective that change nothing, or that nothing makes right."""
-    if c.diagnostics.every is not None and not made.teacher:
-        yield (
-            f"diagnostics.every = {c.diagnostics.every} has no effect: they compare with a "
-            "teacher, and this objective has none"
-        )
-    if o.estimator == "stop_gradient" and made.divergence is objective.DIVERGENCES["reverse_kl"]:
-        yield "objective.estimator = 'stop_gradient' has no effect: reverse KL's correction is 0"
-    scheduled = made.teacher and made.lam_schedule is not objective.SCHEDULES["constant"]
-    still = o.lam == 1 and not (o.lam_by_row or o.task_lam)
-    if scheduled and still and made.lam_schedule(0, 1.0) == 1:
-        yield (
-            f"objective.lam_schedule = {o.lam_schedule!r} goes from 1 to objective.lam = 1, and "
-            "the reference is scored for it; raise lam, or leave the schedule out"
-        )
-    if made.loss is objective.LOSSES["k1"]:
-        yield (
-            "objective.loss = 'k1' is KL's value as a sample, whose gradient is zero on average; "
-            "to descend it use 'policy_gradient', 'k2' or 'exact'"
-        )
-    again = c.batch.updates * c.batch.epochs
-    if again > 1 and made.loss is objective.LOSSES["policy_gradient"] and o.source == "student":
-        yield (
-            f"batch.updates * batch.epochs = {again}, and objective.loss = 'policy_gradient' takes "
-            "the later ones for on-policy; 'ppo' corrects them"
-        )
+    yield from notes.find(c, made)
 
 
 def _uses_reward(made, key: str) -> bool:

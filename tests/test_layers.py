@@ -14,7 +14,7 @@ LAYERS = (
     ("spec", "types"),
     ("objectives", "verifiers", "microworld"),
     (
-        *("hub", "config", "problems", "method", "microworld.preset"),
+        *("hub", "config", "problems", "method", "notes", "microworld.preset"),
         *("slices", "processes", "sharding"),
         *("memory", "planning"),
     ),

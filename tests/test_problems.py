@@ -215,6 +215,24 @@ def test_a_reference_without_use_is_a_note_and_is_not_loaded(made):
     assert "reference" not in method.roles(config)
 
 
+def test_lambda_is_of_the_target_and_not_of_the_teachers_own_entropy(made):
+    grpo = {"objective.advantage": "grpo", "batch.rollouts": 8, "objective.lam": 1.25}
+    gated = grpo | {"objective.gates": ("teacher_entropy(at_most=1.0)",)}
+    gated |= {"objective.ratio_cap": 3.0, "reference": Model(path="/nowhere")}
+    config = made(gated)
+    assert config.problems() == []
+    assert config.notes() == [
+        "objective.lam = 1.25 has no effect in objective.advantage = 'grpo'",
+        "objective.ratio_cap = 3.0 has no effect in objective.advantage = 'grpo'",
+        "reference = '/nowhere' is not loaded: advantage = 'grpo'",
+    ]
+    assert "teachers.math" in method.roles(config)
+    # The gate of T / S is of the target.
+    config = made(gated | {"objective.gates": ("trust",)})
+    assert config.notes() == []
+    assert "reference" in method.roles(config)
+
+
 def test_a_teacher_without_use_is_a_note_and_is_not_loaded(made):
     config = made({"data.tasks": ("math",), "teachers.code.path": "/nowhere"})
     assert config.problems() == []

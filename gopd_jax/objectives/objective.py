@@ -49,6 +49,7 @@ TABLES = {
 
 # Whole rows, [B, T] or [B]. What comes of the frozen models' distributions over the vocabulary:
 TARGETS = {"target_BT", "log_u_BT", "teacher_BT", "teacher_entropy_BT", "local_kl_BT"}
+DRAWN = TARGETS - {"teacher_BT", "teacher_entropy_BT"} | {"target_x", "target_xV", "target_xS"}
 VALUES = {"value_BT", "bootstrap_B"}
 REWARDS = {"reward_B", "relative_reward_B"}  # the verifier's; compared within its prompt's rollouts
 EARNED = {"token_reward_BT", "credit_BT", "advantage_BT"}  # of a sampled token
@@ -138,13 +139,15 @@ class Objective:
 
     @property
     def teacher(self) -> bool:
-        return bool(self.needs & (TARGETS | {"target_x", "target_xV", "target_xS"}))
+        return bool(self.needs & (TARGETS | DRAWN))
+
+    @property
+    def drawn(self) -> bool:  # whether the target counts, and not the teacher's own figures alone
+        return bool(self.needs & DRAWN)
 
     @property
     def reference(self) -> bool:
-        targets = TARGETS - {"teacher_BT", "teacher_entropy_BT"}
-        drawn = self.needs & (targets | {"target_x", "target_xV", "target_xS"})
-        return bool(self.needs & {"ref_BT", "ref_x", "ref_xV"}) or (self.tilts and bool(drawn))
+        return bool(self.needs & {"ref_BT", "ref_x", "ref_xV"}) or (self.tilts and self.drawn)
 
     @property
     def reward(self) -> bool:
@@ -184,10 +187,7 @@ class Objective:
 
     @property
     def prescored(self) -> bool:
-        """Whether the student scores the whole batch before the update.
-
-        Where an advantage depends on other rows or the critic, or meets the vocabulary in a loss.
-        """
+        """Whether the student scores the batch beforehand: rows compared, a critic, `switches`."""
         compares = self.weighs and self.baseline is not None and "credit_BT" in names(self.baseline)
         return compares or "group_B" in self.needs or self.critic or self.switches
 

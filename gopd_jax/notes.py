@@ -1,0 +1,74 @@
+"""Choices of a Config that change nothing, or that nothing makes right, under its objective."""
+
+from collections.abc import Iterator
+
+from gopd_jax.objectives import objective
+
+
+def find(config, made: objective.Objective) -> Iterator[str]:
+    """Sentences for the log; made: the objective of the config, in which nothing is wrong."""
+    yield from _unseen(config, made)
+    yield from _unsampled(config)
+    yield from _futile(config, made)
+
+
+def _unseen(c, made) -> Iterator[str]:
+    """What looks at completions of the student, or at a teacher, where there are none."""
+    if c.diagnostics.every is not None and not made.teacher:
+        yield (
+            f"diagnostics.every = {c.diagnostics.every} has no effect: they compare with a "
+            "teacher, and this objective has none"
+        )
+    looks = {"diagnostics.every": c.diagnostics.every if made.teacher else None}
+    # The default is nobody's wish.
+    if c.evaluation.verify_every != type(c.evaluation)().verify_every:
+        looks["evaluation.verify_every"] = c.evaluation.verify_every
+    for key in (key for key, every in looks.items() if every and c.objective.source != "student"):
+        yield (
+            f"{key} = {looks[key]} has no effect: it looks at completions that the student writes, "
+            f"and objective.source is {c.objective.source!r}"
+        )
+
+
+def _unsampled(c) -> Iterator[str]:
+    """How completions are decoded, where none are."""
+    rows, s = c.batch.prompts * c.batch.rollouts, c.sampling
+    if c.objective.source == "data":
+        kept = {"slots": None, "buckets": 1, "prompt_buckets": 1}
+        for key in (key for key, plain in kept.items() if getattr(s, key) != plain):
+            yield (
+                f"sampling.{key} = {getattr(s, key)} has no effect in a step, which samples "
+                "nothing: objective.source is 'data', and evaluations alone decode so"
+            )
+    elif s.slots is not None and s.slots >= rows:
+        yield f"sampling.slots = {s.slots} has no effect: a step samples {rows} rows"
+
+
+def _futile(c, made) -> Iterator[str]:
+    """Entries of the objective that change nothing beside the others."""
+    o = c.objective
+    if o.mass != "rest" and made.support is objective.SUPPORTS["full"]:
+        yield (
+            f"objective.mass = {o.mass!r} has no effect: no id is outside of "
+            "objective.support = 'full'"
+        )
+    if o.estimator == "stop_gradient" and made.divergence is objective.DIVERGENCES["reverse_kl"]:
+        yield "objective.estimator = 'stop_gradient' has no effect: reverse KL's correction is 0"
+    scheduled = made.drawn and made.lam_schedule is not objective.SCHEDULES["constant"]
+    still = o.lam == 1 and not (o.lam_by_row or o.task_lam)
+    if scheduled and still and made.lam_schedule(0, 1.0) == 1:
+        yield (
+            f"objective.lam_schedule = {o.lam_schedule!r} goes from 1 to objective.lam = 1, and "
+            "the reference is scored for it; raise lam, or leave the schedule out"
+        )
+    if made.loss is objective.LOSSES["k1"]:
+        yield (
+            "objective.loss = 'k1' is KL's value as a sample, whose gradient is zero on average; "
+            "to descend it use 'policy_gradient', 'k2' or 'exact'"
+        )
+    again = c.batch.updates * c.batch.epochs
+    if again > 1 and made.loss is objective.LOSSES["policy_gradient"] and o.source == "student":
+        yield (
+            f"batch.updates * batch.epochs = {again}, and objective.loss = 'policy_gradient' takes "
+            "the later ones for on-policy; 'ppo' corrects them"
+        )
