@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from gopd_jax.objectives import objective
+from gopd_jax.objectives import checks, objective
 
 
 def find(config, made: objective.Objective) -> Iterator[str]:
@@ -47,7 +47,14 @@ def _unsampled(c) -> Iterator[str]:
 def _futile(c, made) -> Iterator[str]:
     """Entries of the objective that change nothing beside the others."""
     o = c.objective
-    if o.mass != "rest" and made.support is objective.SUPPORTS["full"]:
+    if not checks.over_support(made) and not (c.critic is not None and c.critic.closed_form):
+        kept = {"support": "full", "mass": "rest"}
+        for key in (key for key, plain in kept.items() if getattr(o, key) != plain):
+            yield (
+                f"objective.{key} = {getattr(o, key)!r} has no effect: with "
+                "critic.closed_form = False no distributions are compared"
+            )
+    elif o.mass != "rest" and made.support is objective.SUPPORTS["full"]:
         yield (
             f"objective.mass = {o.mass!r} has no effect: no id is outside of "
             "objective.support = 'full'"

@@ -293,6 +293,11 @@ def test_a_clip_of_routed_advantages_is_an_option_of_its_loss():
         {"objective.importance": "token", "objective.rejection": "token", "objective.veto": -9.0},
         {"objective.task": "grpo", "objective.distil_weight": 0.5, "batch.rollouts": 8},
         {"objective.baseline": "local_kl", "objective.support": "top_k(k=4)"},
+        *(  # V begins at the divergence over the support
+            {"objective.credit": credit, "objective.baseline": baseline, "critic": Critic()}
+            | {"objective.support": "top_k(k=4)", "objective.mass": "raw"}
+            for credit, baseline in (("gae", "none"), ("immediate", "value"))
+        ),
         {"routes": {"math": "math=0.7, code=0.3", "code": "math"}},
         {"batch.prompts": 12, "batch.microbatches": 4},
         {"batch.prompts": 12, "batch.microbatches": 3, "objective.loss": "exact"},
@@ -326,6 +331,13 @@ NOTED = [
     *(
         (DATA | {f"sampling.{key}": 4}, f"sampling.{key} = 4 has no effect in a step, .* evaluat")
         for key in ("slots", "buckets", "prompt_buckets")
+    ),
+    *(
+        (
+            {"objective.credit": "gae", "critic": Critic(closed_form=False), key: value},
+            f"{key} = .* has no effect: with critic.closed_form = False no distributions",
+        )
+        for key, value in (("objective.support", "top_k(k=4)"), ("objective.mass", "raw"))
     ),
     *(
         ({"objective.loss": "exact", "objective.mass": mass}, f"{mass}' has no effect: no id is")

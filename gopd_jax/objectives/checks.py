@@ -175,6 +175,12 @@ def _losses(made: Objective) -> tuple:
     return (made.loss, *made.regularizers)
 
 
+def over_support(made: Objective) -> bool:
+    """Whether a state's distributions are compared over the support, whatever a critic does."""
+    losses = any(name.endswith("_xS") for entry in _losses(made) for name in names(entry))
+    return losses or "local_kl_BT" in made.needs
+
+
 def _without_effect(made: Objective, said: dict) -> Iterator[str]:
     """Settings of a part that this loss does not have: whoever gives them expects another."""
     if not made.weighs:
@@ -188,8 +194,7 @@ def _without_effect(made: Objective, said: dict) -> Iterator[str]:
                     f"objective.{key} is {value!r} and objective.loss {said['loss']!r} has no "
                     "advantage; take it out, or use loss = 'policy_gradient'"
                 )
-    supported = any(name.endswith("_xS") for entry in _losses(made) for name in names(entry))
-    if not supported and "local_kl_BT" not in made.needs:
+    if not over_support(made) and not made.critic:  # a critic's closed form is a divergence
         why = "looks at the sampled token alone; use loss = 'exact', or leave it out"
         if over_vocabulary(made.loss):
             why = "chooses ids of its own by its options, teacher_k for one; leave it out"
