@@ -60,6 +60,8 @@ read_flags "$@"
 fill='import json, string, sys
 template, n, *rest = sys.argv[1:]
 words = dict(word.split("=", 1) for word in rest[: int(n)])
+# A JSON string is one of YAML, also where the word alone is no text: on, 1234.
+words |= {key: json.dumps(words[key]) for key in ("name", "queue", "image", "claim")}
 arguments = json.dumps(["--distributed", *rest[int(n) :]])
 print(string.Template(open(template).read()).substitute(words, arguments=arguments))'
 words=(

@@ -52,8 +52,9 @@ read_flags "$@"
 packed=(gopd_jax configs requirements.txt)
 (cd "$root" && find "${packed[@]}" -type f) | grep -Fx -- "${preset#./}" >/dev/null ||
   usage "$preset is no file of $root that the workers get; they get ${packed[*]}"
-[[ $workdir == /* ]] ||
-  usage "give --config.workdir=/DIR, shared by the workers and kept without them"
+# Compiled programs lie beside it, in a directory that has to be shared, too.
+[[ $workdir =~ ^/+[^/]+/+[^/] ]] ||
+  usage "give --config.workdir=/DIR/NAME, DIR shared by the workers and kept without them"
 if ((slices > 1)); then
   extra+=("--node-count=$slices")
 else

@@ -69,10 +69,13 @@ def test_a_launcher_is_bash_that_can_be_started(name):
         ((*TPU, "opd", "v5e:4x4", "--"), "usage"),
         ((*TPU, "--sp", "opd", "v5e:4x4", "--", WORKDIR), "there is no option --sp"),
         ((*TPU, "opd", "v9:4x4", "--", WORKDIR), "v9:4x4 is no slice; give v5e:4x4"),
-        ((*TPU, "opd", "v5e:4x4", "--", *FLAGS), "give --config.workdir=/DIR, shared"),
-        (
-            (*TPU, "opd", "v5e:4x4", "--", *FLAGS, "--config.workdir=a"),
-            "give --config.workdir=/DIR",
+        ((*TPU, "opd", "v5e:4x4", "--", *FLAGS), "give --config.workdir=/DIR/NAME, DIR shared"),
+        *(  # the compiled programs' place beside it would not be shared
+            (
+                (*TPU, "opd", "v5e:4x4", "--", *FLAGS, f"--config.workdir={workdir}"),
+                "give --config.workdir=/DIR/NAME",
+            )
+            for workdir in ("a", "a/b", "/", "/shared", "/shared/", "//shared//")
         ),
         ((*TPU, "opd", "v5e:4x4", "--", WORKDIR), "no --config=FILE is given"),
         ((*TPU, "opd", "v5e:4x4", "--", "--config=", WORKDIR), "no --config=FILE is given"),

@@ -60,6 +60,19 @@ def test_a_jobset_has_a_pod_for_each_host_and_a_replica_for_each_slice(
     assert not any("MEGASCALE" in e["name"] for e in container["env"])  # they are GKE's to set
 
 
+@pytest.mark.parametrize("word", ["on", "no", "null", "y"])
+def test_a_name_that_yaml_takes_for_something_else_stays_a_name(there, word):
+    options = (f"--queue={word}", "--image=12:34", "--claim=1234")
+    made = manifest(there, *options, word, "v5e:4x4", "--", *FLAGS, WORKDIR)
+    job = made["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]
+    labels = {"kueue.x-k8s.io/queue-name": word, "xpk.google.com/workload": word}
+    assert made["metadata"]["name"] == word
+    assert made["metadata"]["labels"] == labels
+    assert job["metadata"]["labels"] == {"xpk.google.com/workload": word}
+    assert job["spec"]["containers"][0]["image"] == "12:34"
+    assert job["spec"]["volumes"][0]["persistentVolumeClaim"]["claimName"] == "1234"
+
+
 def test_a_jobset_starts_again_after_all_but_wrong_input(there):
     made = manifest(there, "--restarts=7", "opd", "v5e:4x4", "--", *FLAGS, WORKDIR)
     policy = made["spec"]["failurePolicy"]
