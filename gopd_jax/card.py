@@ -33,7 +33,7 @@ def text(workdir, step: int) -> str:
     run = read_run(workdir)
     config, identity = run["config"], run["identity"]
     objective = config["objective"]
-    lam = f"λ = {objective['lam']}; " if objective["advantage"] == "gopd" else ""
+    lam = f"{_lam(config)}; " if objective["advantage"] == "gopd" else ""
     lines = [
         "---",
         "library_name: transformers",
@@ -72,6 +72,19 @@ def text(workdir, step: int) -> str:
         "```",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _lam(config: dict) -> str:
+    """Lambda as it was: a task's or a row's own takes the place of objective.lam."""
+    o = config["objective"]
+    own = o.get("task_lam", {})
+    told = f"λ = {o['lam']}"
+    if own:
+        lams = {task: own.get(task, o["lam"]) for task in config["data"]["tasks"]}
+        told = "λ = " + ", ".join(f"{lam} on {task}" for task, lam in lams.items())
+    if (schedule := o.get("lam_schedule", "constant")) != "constant":
+        told += f", {schedule}"
+    return told + (", or a row's own" if o.get("lam_by_row", False) else "")
 
 
 def _at(config: dict, key: str):

@@ -293,6 +293,23 @@ def test_the_card_of_a_run_that_was_evaluated_on_one_problem(run, tmp_path):
     assert f"| math | {100 * rows[0]['accuracy']:.1f} % | 3 x 2 |" in card.text(tmp_path, 4)
 
 
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"task_lam": {"code": 2.0}}, "- λ = 1.25 on math, 2.0 on code; completions"),
+        ({"task_lam": {"math": 1.5, "code": 2.0}}, "- λ = 1.5 on math, 2.0 on code; completions"),
+        ({"lam_by_row": True}, "- λ = 1.25, or a row's own; completions"),
+        ({"lam_schedule": "linear(steps=9)"}, "- λ = 1.25, linear(steps=9); completions"),
+        ({"advantage": "grpo"}, "- completions written by"),
+    ],
+)
+def test_the_card_names_the_lambda_that_was_used(run, tmp_path, changes, says):
+    said = card.read_run(run)
+    said["config"]["objective"] |= changes
+    (tmp_path / "run.json").write_text(json.dumps(said))
+    assert says in card.text(tmp_path, 4)
+
+
 def test_what_cannot_be_exported_is_said(run, tmp_path, capsys):
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
