@@ -55,6 +55,9 @@ def test_what_is_no_verdict_is_an_error_that_names_the_verifier(monkeypatch, sai
     fine = [Verdict(np.float32(0.5), "half")]
     monkeypatch.setitem(VERIFIERS, "own", lambda completions, records: iter(fine))
     assert verify(["x"], [record("own", "x")]) == fine
+    monkeypatch.setitem(VERIFIERS, "short", lambda texts, records: [Verdict(1.0) for _ in texts])
+    with pytest.raises(ValueError, match=r"'short' raises TypeError: .*'reason'; it returns a Ver"):
+        verify(["x"], [record("short", "x")])
     fine = [Verdict(Fraction(1, 2), "half")]  # a number that JSON does not take
     (verdict,) = verify(["x"], [record("own", "x")])
     assert json.loads(json.dumps(verdict.score)) == 0.5

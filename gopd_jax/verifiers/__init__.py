@@ -38,7 +38,15 @@ def verify(completions: Sequence[str], records: Sequence[Record]) -> list[Verdic
             raise ValueError(f"verifier of {records[rows[0]].source}: {error}") from error
     verdicts: dict[int, Verdict] = {}
     for spec, rows in rows_of.items():
-        judged = [*judges[spec]([completions[r] for r in rows], [records[r] for r in rows])]
+        try:
+            judged = [*judges[spec]([completions[r] for r in rows], [records[r] for r in rows])]
+        except (ValueError, RuntimeError):  # of an answer, of the sandbox
+            raise
+        except Exception as error:  # a user's function may raise anything
+            raise ValueError(
+                f"verifier {spec!r} raises {type(error).__name__}: {error}; it returns a "
+                "Verdict(score, reason) for each completion, whatever that is"
+            ) from error
         if len(judged) != len(rows):
             raise ValueError(
                 f"verifier {spec!r} returns {len(judged)} verdicts for {len(rows)} completions"
