@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+import tiny
 
 from gopd_jax import microworld
 from gopd_jax.microworld import cells, compare, preset, statistics
@@ -103,6 +104,11 @@ def test_the_tables_hold_percent_with_intervals_and_mark_what_excludes_zero():
     own = "| ExOPD, λ = 1.25 − each task's own teacher | 3 | +5.0 ± 0.0 * | +1.0 ± 0.0 * |"
     assert any(line.startswith(own) for line in lines)
     assert not any(word in text for word in ("SFT", "Strong", "## λ", "nan"))
+    # Stars of many differences: the page that shows them says what they leave out.
+    caveat = "Nothing is corrected for the number of comparisons."
+    assert caveat in text
+    for page in ("README.md", "docs/RESULTS.md"):
+        assert caveat in (tiny.REPOSITORY / page).read_text()
 
 
 def test_the_tables_show_the_sweep_and_strong_to_weak_where_there_are_results():

@@ -180,7 +180,7 @@ def tables(results: Sequence[dict], notes: Sequence[str] = ()) -> str:
     )
     pairs = (
         "Differences are taken seed by seed, on the same problems and sampling seeds; "
-        "`*`: the 95 % interval excludes 0."
+        "`*`: the 95 % interval excludes 0. Nothing is corrected for the number of comparisons."
     )
     sweep = {sweep_method(lam): f"{lam:g}" for lam in SWEEP}
     parts = [
