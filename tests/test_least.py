@@ -72,6 +72,34 @@ def test_states_are_summed_over_the_axis_of_the_heads(root):
     assert least.sent(run, "update") == 3 * gathered + 2 * forward * (48 + 6)
 
 
+def test_a_share_of_the_positions_is_summed_where_they_lie_over_an_axis_of_their_own(root):
+    options = {"batch": {"prompts": 8}}
+    run = prepared(root, mesh=Mesh(fsdp=2, sequence=2, tensor=2), **options)
+    tokens, state = 8 / (2 * 2), 4 * tiny.CFG.hidden_size
+    forward = (2 * tiny.CFG.num_hidden_layers + 1) * tokens * state
+    (decoder, *_) = reads.writers(run)[0]
+    gathered = reads.weights_read(run.recipe.mesh, decoder)
+    assert least.sent(run, "update") == 3 * gathered + 2 * forward * (48 + 6)
+    # Decoding, a device has whole rows, as many as on a mesh of twice the row shards.
+    assert least.sent(run, "generate") == gathered + forward * (48 + 6 - 1)
+    by_rows = prepared(root, mesh=Mesh(fsdp=4, tensor=2), **options)
+    assert least.sent(run, "generate") == least.sent(by_rows, "generate")
+
+
+def test_a_rollout_of_8_bits_gathers_its_matrices_in_a_quarter_of_the_bytes(root):
+    mesh = Mesh(data=1, fsdp=8, tensor=1)
+    objective = {"importance": "token"}
+    full, narrow = (
+        prepared(root, mesh=mesh, objective=objective, sampling={"weights_dtype": dtype})
+        for dtype in (None, "int8")
+    )
+    told = narrow.recipe.mesh, narrow.recipe.student
+    assert least.sent(full, "generate") == 4 * weights()
+    assert least.sent(narrow, "generate") == reads.weights_read(*told, "int8") < 2 * weights()
+    for name in ("score", "update"):  # which have the masters
+        assert least.sent(narrow, name) == least.sent(full, name)
+
+
 def test_adapters_send_no_gradient_of_what_is_frozen(root):
     mesh = Mesh(data=1, fsdp=8, tensor=1)
     whole, some = (prepared(root, mesh=mesh, lora=one) for one in (None, Lora(rank=2)))

@@ -131,8 +131,9 @@ def _generate(run: abstract.Run) -> float:
     made, n_prompt = run.recipe, run.prompts.tokens_BP.shape[1]
     if made.source == "data":
         return 0
+    dtype = reads.sampling_dtype(made, "weights")
     return sum(
-        _gathered(made.mesh, decoder)
+        _gathered(made.mesh, decoder, dtype)
         + _sums(made.mesh, decoder, rows * (n_prompt + made.completion_length - 1))
         for decoder, rows, _ in reads.writers(run)
     )
@@ -172,15 +173,19 @@ def _length(run: abstract.Run) -> int:
     return run.prompts.tokens_BP.shape[1] + run.recipe.completion_length
 
 
-def _gathered(mesh, decoder) -> int:
-    """A model's weights as they come in from the devices of "fsdp"."""
-    return reads.weights_read(mesh, decoder) if sharding.n_parts(mesh)[1] > 1 else 0
+def _gathered(mesh, decoder, dtype: str | None = None) -> int:
+    """A model's weights as they come in from the devices of "fsdp"; dtype: as in weights_read."""
+    return reads.weights_read(mesh, decoder, dtype) if sharding.n_parts(mesh)[1] > 1 else 0
 
 
 def _sums(mesh, decoder, tokens: int) -> float:
-    """Of a forward pass over the tokens of all rows, what is added over "tensor"."""
+    """Of a forward pass over the tokens of all rows, what is added over "tensor".
+
+    Over "sequence" a device has some of the positions, or some more of the rows where it decodes.
+    """
     cfg = lora.base_config(decoder.cfg)
     state = cfg.hidden_size * np.dtype(decoder.dtype).itemsize
     if sharding.n_parts(mesh)[2] == 1:
         return 0
-    return (2 * cfg.num_hidden_layers + 1) * tokens * state / sharding.n_row_shards(mesh)
+    shards = sharding.n_row_shards(mesh) * sharding.parts(mesh, "length")
+    return (2 * cfg.num_hidden_layers + 1) * tokens * state / shards
