@@ -27,7 +27,7 @@ from pathlib import Path
 
 from benchmarks.plans_record import ANSWERED, Record
 from gopd_jax.planning.chips import GIB
-from gopd_jax.planning.phases import PHASES
+from gopd_jax.planning.phases import PHASES, STEP
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 3600.0  # seconds for a process: a phase, or all changes that are tried where one fails
@@ -68,6 +68,8 @@ CELLS = tuple(Cell(preset, topology) for topology in SLICES for preset in PRESET
 def asked(cell: Cell, what: str) -> list[str]:
     """The command of a phase; what = "change": of what would fit where the step does not."""
     phase = [f"--phase={what}", "--nochanges"] if what in PHASES else ["--phase=fused"]
+    if what == "evaluate":  # of presets too that leave it out because it does not fit
+        phase.append("--config.evaluation.teachers=True")
     return [
         *(sys.executable, "-m", "gopd_jax.plan", f"--config=configs/qwen3.py:{cell.preset}"),
         *(f"--topology={cell.topology}", *cell.flags, *phase),
@@ -138,7 +140,9 @@ rows a step, compiled for slices of TPUs on a CPU. **Nothing was run**: GiB are 
 account of one device, seconds a roofline under the assumptions below, that leaves collectives out.
 Under *decode* is what a turn of the compiled loop reads and writes in HBM, over weights and the
 whole cache (over weights and what the cache holds on average); under *received* what a device gets
-from others in the step, over what the sharding asks for. Training runs `fused`. Made by
+from others in the step, over what the sharding asks for. Training runs `fused`, and `evaluate` for
+its teacher before the first step unless `evaluation.teachers=False`, as "8b" has it. Verdicts are
+of the step alone; where its evaluation was compiled and does not fit, they say so. Made by
 `python -m benchmarks.plans`, which continues the record beside it
 ({versions}).
 {note}"""
@@ -182,6 +186,7 @@ def _summary(cell: Cell, record: Record) -> str:
     if (change := record.get(cell, "change")) and not one["fits"]:
         found = change["plan"] and change["plan"]["change_that_fits"]
         verdict += f"; fits with `{found}`" if found else "; no single change that was tried does"
+    verdict += _evaluation(cell, record)
     seconds, most = _estimate(cell, record)
     parts = [record.get(cell, name) for name in ("fused", "generate")]
     told = [
@@ -191,6 +196,16 @@ def _summary(cell: Cell, record: Record) -> str:
         f"{start} {_mesh(fused)} | {_size(one)} of {plan['usable_bytes'] / GIB:.2f} | {verdict} | "
         f"{seconds} | {most} | {next(filter(None, told), '')} | {_received(one)} |"
     )
+
+
+def _evaluation(cell: Cell, record: Record) -> str:
+    """What the verdict of a step leaves out: that its teacher cannot be evaluated there."""
+    line = record.get(cell, "evaluate")
+    if line is None or line["plan"] is None:
+        return ""
+    one = line["plan"]["phases"]["evaluate"]
+    cure = "with `evaluation.teachers=False`"
+    return "" if one["fits"] else f"; {cure}, as evaluating its teacher takes {_size(one)}"
 
 
 def _mesh(line: dict) -> str:
@@ -213,7 +228,7 @@ def _received(one: dict) -> str:
 
 def _estimate(cell: Cell, record: Record) -> tuple[str, str]:
     """(seconds and tokens a second, the part that takes most): of the stages, else of the step."""
-    lines = [record.get(cell, name) for name in PHASES]
+    lines = [record.get(cell, name) for name in STEP]
     plans = [line["plan"] if line else None for line in lines]
     chosen = plans[:3] if all(plans[:3]) else plans[3:]
     parts = {k: s for plan in chosen if plan for k, s in plan["estimated_seconds"].items()}
@@ -262,7 +277,7 @@ def _details(cell: Cell, record: Record) -> Iterator[str]:
     yield from arrays
     estimates = {
         k: s
-        for name in PHASES[:3]
+        for name in STEP[:3]
         if (line := record.get(cell, name)) and line["plan"]
         for k, s in line["plan"]["estimated_seconds"].items()
     }

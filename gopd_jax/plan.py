@@ -1,10 +1,11 @@
 """`python -m gopd_jax.plan --config=configs/qwen3.py --topology=v5p:4x4x4`: does it fit?
 
-Compiles the step of a config for a slice of TPUs that need not be there, on any CPU, and says per
-phase what it takes of a chip's memory and about how long it would run. Models are read from their
-config.json; weights, tokenizers and data are not needed. Where it does not fit, single changes are
-tried; `--search` looks for the mesh, the microbatches and the recomputation that are fastest. Exit
-status: 0 if it fits, 1 if not, 2 for wrong input, 3 where the compiler itself fails.
+Compiles the step of a config, and evaluation where it samples otherwise than the step, for a slice
+of TPUs that need not be there, on any CPU. Says per phase what it takes of a chip's memory and how
+long a step would run. Models are read from their config.json; weights, tokenizers and data are
+not needed. Where it does not fit, single changes are tried; `--search` looks for the mesh, the
+microbatches and the recomputation that are fastest. Exit status: 0 if it fits, 1 if not, 2 for
+wrong input, 3 where the compiler itself fails.
 """
 
 from __future__ import annotations
@@ -22,7 +23,16 @@ from rich.console import Console
 from gopd_jax import config as settings
 from gopd_jax import sharding
 from gopd_jax.main import CONFIG, parse, refuse
-from gopd_jax.planning import abstract, changes, chips, least, phases, search, space
+from gopd_jax.planning import (
+    abstract,
+    changes,
+    chips,
+    evaluated,
+    least,
+    phases,
+    search,
+    space,
+)
 from gopd_jax.planning.chips import GIB, Topology
 from gopd_jax.planning.phases import PHASES, Compiled
 
@@ -32,7 +42,7 @@ TOPOLOGY = flags.DEFINE_string(
     None,
     "What to compile for: v5e:4x4, 2xv5e:4x4 (two slices), v6e:8x8; or cpu:8, emulated.",
 )
-PHASE = flags.DEFINE_list("phase", None, f"Only these of {', '.join(PHASES)}; unset, all four.")
+PHASE = flags.DEFINE_list("phase", None, f"Only these of {', '.join(PHASES)}; unset, all.")
 MFU = flags.DEFINE_float("mfu", 0.5, "Of the chip's peak, that products are assumed to reach.")
 JSON = flags.DEFINE_string("json", None, "File to write all figures to.")
 SEARCH = flags.DEFINE_bool("search", False, "Look for mesh, microbatches and remat that fit.")
@@ -97,16 +107,20 @@ def first_that_fits(this: Plan, *, say) -> tuple[str | None, list[str]]:
     by a guess take no less.
     """
     names, tried = tuple(one.name for one in this.too_large), []
-    usable, now = this.topology.chip.usable, space.guess(this.run, names)
-    for told, config in changes.smaller(this.config, this.run.recipe.mesh):
+    usable = this.topology.chip.usable
+    for told, config in changes.smaller(this.config, this.run.recipe.mesh, names):
         try:
             run = abstract.prepare(config, this.topology.devices)
         except ValueError:
             continue
-        if space.bound(run, names) > usable or space.guess(run, names) > 0.995 * now:
+        if not (left := phases.kept(run, names)):  # nothing that did not fit is run any longer
+            return told, tried
+        if space.bound(run, left) > usable:
+            continue
+        if space.guess(run, left) > 0.995 * space.guess(this.run, left):
             continue
         say(f"trying {told}")
-        again = plan(config, this.topology, names=names, mfu=this.mfu, say=say)
+        again = plan(config, this.topology, names=left, mfu=this.mfu, say=say)
         if not again.too_large:
             return told, tried
         tried.append(told)
@@ -140,6 +154,9 @@ def report(this: Plan) -> str:
         shown = [f"{size / GIB:{width}.3f}" for size, width in zip(sizes, (9, 13, 8, 8, 8))]
         verdict = "" if chip is None else ("  fits" if one.fits(chip.usable) else "  does not fit")
         lines.append(f"{one.name:<17} {''.join(shown)}{verdict}")
+    if "evaluate" in (one.name for one in this.found):
+        several = f", which needs most of {names}" if len(names := evaluated.names(run)) > 1 else ""
+        lines.append(f"evaluate samples from {evaluated.largest(run).name}{several}")
     if away := max((one.memory.host for one in this.found if one.memory is not None), default=0):
         lines.append(f"in host memory{away / GIB:12.3f} beside these, for each device")
     lines += ["", "FLOPs of all devices; bytes that one device receives (HLO, a cross-check)"]
@@ -192,7 +209,7 @@ def to_json(this: Plan, verdict: str, change: str | None) -> dict:
             "flops": {"narrow": one.work.narrow, "float32": one.work.float32},
             "collective_bytes_from_hlo": one.sent,
             "least_collective_bytes": least.sent(this.run, one.name),
-            "decode": (it := least.decode(this.run, one.loops)) and dataclasses.asdict(it),
+            "decode": _decode(this.run, one),
             "loops_from_hlo": [dataclasses.asdict(loop) for loop in one.loops],
             "estimated_seconds": one.estimate,
         }
@@ -209,6 +226,11 @@ def to_json(this: Plan, verdict: str, change: str | None) -> dict:
         "change_that_fits": change,
         "config": settings.to_dict(this.config),
     }
+
+
+def _decode(run: abstract.Run, one: Compiled) -> dict | None:
+    it = least.decode(run, one.loops) if one.name in phases.STEP else None
+    return it and dataclasses.asdict(it)
 
 
 def _role(role: abstract.Role) -> str:

@@ -31,7 +31,7 @@ LAYERS = (
     ("diagnose", "assembly"),
     ("setup",),
     ("probe", "preflight", "results", "advance", "planning.abstract"),
-    ("planning.streamed", "planning.reads"),
+    ("planning.streamed", "planning.reads", "planning.evaluated"),
     ("planning.phases", "planning.least", "planning.changes"),
     ("train", "planning.space"),
     ("planning.search",),

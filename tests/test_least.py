@@ -47,7 +47,7 @@ def test_weights_come_in_once_for_a_rollout_a_microbatch_scored_and_twice_learnt
     norms = 4 * 2 * 2 * tiny.CFG.head_dim  # of the heads, whole on each device
     replicas = (size - norms) / 4 + norms  # a device's share of the gradient, once an update
     assert least.sent(run, "update") == pytest.approx(2 * (2 + 1) * size + replicas, rel=1e-12)
-    stages = [least.sent(run, name) for name in phases.PHASES]
+    stages = [least.sent(run, name) for name in phases.STEP]
     assert sum(stages[:3]) == stages[3]
     twice = prepared(root, mesh=Mesh(fsdp=4, data=2), batch=batch | {"prompts": 32, "updates": 2})
     # The student scores the batch beforehand, and each of twice as many pieces comes in anew.

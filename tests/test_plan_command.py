@@ -137,6 +137,7 @@ def test_a_search_without_a_limit_is_refused_with_status_2():
     ("flag", "says"),
     [
         ("--phase=", "--phase names none; the phases are"),
+        ("--phase=evaluation", r"--phase has \['evaluation'\]; .* 'fused', 'evaluate'\]"),
         ("--json={tmp_path}", "Is a directory: '{tmp_path}'"),
         ("--json={tmp_path}/no/plan.json", "No such file or directory: '{tmp_path}/no/plan.json'"),
         ("--topology=2xcpu:2", "2xcpu:2 is of 2 slices and mesh.slices is 1; set --config.mesh.sl"),
@@ -160,7 +161,7 @@ def test_the_command_prints_a_plan_of_every_phase(tmp_path):
     values = json.loads(file.read_text())
     assert list(values["phases"]) == list(phases.PHASES)
     assert (values["devices"], values["config"]["batch"]["prompts"]) == (4, 16)
-    stages = [values["phases"][name]["flops"]["float32"] for name in phases.PHASES]
+    stages = [values["phases"][name]["flops"]["float32"] for name in phases.STEP]
     assert sum(stages[:3]) == stages[3]  # the fused step is its stages
 
 

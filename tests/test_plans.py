@@ -13,7 +13,7 @@ from benchmarks.plans import CELLS, Cell
 from benchmarks.plans_record import Record
 from configs import qwen3
 from gopd_jax import config
-from gopd_jax.planning.phases import PHASES
+from gopd_jax.planning.phases import PHASES, STEP
 
 CELL = Cell("8b", "v6e:16x16")
 
@@ -115,10 +115,10 @@ def test_what_has_an_answer_is_not_asked_again_after_a_kill_in_the_middle_of_a_l
     record.add(line("update", written=plan_of("update")))
     file.write_text(whole + file.read_text()[len(whole) :][:100])
     again = Record(file)
-    assert [*plans.wanted(CELL, again)] == ["update", "fused"]
+    assert [*plans.wanted(CELL, again)] == ["update", "fused", "evaluate"]
     again.add(line("update", written=plan_of("update")))
     last = Record(file)
-    assert [*plans.wanted(CELL, last)] == ["fused"]
+    assert [*plans.wanted(CELL, last)] == ["fused", "evaluate"]
     assert last.of == again.of
     assert [*plans.wanted(Cell("8b", "v5p:4x4x4"), last)] == [*PHASES]
 
@@ -164,6 +164,31 @@ def test_the_document_has_every_cell_and_the_stages_seconds(tmp_path):
     assert "| update | 1.00 | 0.25 | 0.50 | fits | 3.0 | 61 s |" in text
     assert "- fused: 0.50 GiB f32[1,4,8,8] of dot_general" in text
     assert "- this and that" in text
+
+
+def test_evaluating_a_teacher_is_asked_of_presets_too_that_leave_it_out(tmp_path):
+    teachers = "--config.evaluation.teachers=True"
+    assert teachers in plans.asked(CELL, "evaluate")
+    assert not any(teachers in plans.asked(CELL, what) for what in (*STEP, "change"))
+    assert qwen3.get_config("1.7b").evaluation.teachers
+    assert not qwen3.get_config("8b").evaluation.teachers
+    made = plan_of("evaluate")
+    made["config"]["evaluation"]["teachers"] = True
+    record = Record(tmp_path / "plans.jsonl")
+    record.add(line("evaluate", written=made))
+    assert record.answered(CELL, "evaluate")
+
+
+def test_a_teacher_that_cannot_be_evaluated_is_told_beside_the_steps_verdict(tmp_path):
+    record = Record(tmp_path / "plans.jsonl")
+    record.add(line("fused", written=plan_of("fused")))
+    record.add(line("evaluate", written=plan_of("evaluate")))
+    assert "| fits | " in plans.document(record)
+    record.add(line("evaluate", status=1, written=plan_of("evaluate", fits=False, peak=2**36)))
+    text = plans.document(record)
+    cure = "with `evaluation.teachers=False`, as evaluating its teacher takes 64.00"
+    assert f"| 1.00 of 32.00 | fits; {cure} | " in text
+    assert "| evaluate | 64.00 |" in text
 
 
 def test_a_rollout_that_was_compiled_alone_is_told_as_such(tmp_path):

@@ -16,36 +16,53 @@ NARROWER = {"buckets": 8, "cache_dtype": "int8", "weights_dtype": "int8"}
 WORTH = 0.05  # of the step's seconds: less is not told
 
 
-def smaller(c: settings.Config, mesh) -> Iterator[tuple[str, settings.Config]]:
-    """(as flags, the config) of single changes that take less memory, the mildest first."""
+def smaller(
+    c: settings.Config, mesh, names: tuple[str, ...] = ()
+) -> Iterator[tuple[str, settings.Config]]:
+    """(as flags, the config) of single changes that take less memory, the mildest first.
+
+    names: phases that do not fit. Where one is the evaluation, teachers are left out of it: first
+    alone, which changes nothing of the step; beside each other change where the step needs one.
+    """
+    fewer = {}
+    if "evaluate" in names and c.evaluation.teachers:
+        fewer = {"evaluation.teachers": False}
+        if names == ("evaluate",):
+            yield changed(c, fewer)
+            fewer = {}
+    for values in _smaller(c, mesh):
+        yield changed(c, values | fewer)
+
+
+def _smaller(c: settings.Config, mesh) -> Iterator[dict]:
     pieces, chunk, prompts = c.batch.microbatches, c.batch.head_chunk, c.batch.prompts
     length, shards = c.sampling.completion_length, sharding.n_row_shards(mesh)
     n_data, n_fsdp, _, _, n_tensor = mesh.devices.shape
     for name in {None: ("products", "layers"), "products": ("layers",)}.get(c.batch.remat, ()):
-        yield changed(c, {"batch.remat": name})
+        yield {"batch.remat": name}
     for factor in (2, 4):
-        yield changed(c, {"batch.microbatches": pieces * factor})
+        yield {"batch.microbatches": pieces * factor}
     for factor in (2, 4):
         if chunk % factor == 0:
-            yield changed(c, {"batch.head_chunk": chunk // factor})
+            yield {"batch.head_chunk": chunk // factor}
     if n_data % 2 == 0:
-        yield changed(c, {"mesh.data": n_data // 2, "mesh.fsdp": 2 * n_fsdp})
+        yield {"mesh.data": n_data // 2, "mesh.fsdp": 2 * n_fsdp}
     if n_fsdp % 2 == 0:  # half of the heads to a device, and as few rows at one time
         axes = {"mesh.fsdp": n_fsdp // 2, "mesh.tensor": 2 * n_tensor}
-        yield changed(c, axes | {"batch.microbatches": 2 * pieces})
+        yield axes | {"batch.microbatches": 2 * pieces}
     for placement in ("host", "host_layers"):
         if away := streamed.moved(c, placement):
-            yield changed(c, away)
+            yield away
     for factor in (2, 4):
         if prompts % factor == 0:
             fewer = {"batch.prompts": prompts // factor}
             rows = prompts * c.batch.rollouts // (factor * c.batch.updates)
             if rows % (pieces * shards) and pieces % factor == 0:  # less than one a device
                 fewer["batch.microbatches"] = pieces // factor
-            yield changed(c, fewer)
+            yield fewer
     for factor in (2, 4):  # another experiment: the last resort
         if length % factor == 0:
-            yield changed(c, {"sampling.completion_length": length // factor})
+            yield {"sampling.completion_length": length // factor}
 
 
 def changed(c: settings.Config, values: dict) -> tuple[str, settings.Config]:

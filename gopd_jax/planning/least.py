@@ -13,9 +13,9 @@ import numpy as np
 from gopd_jax import sharding
 from gopd_jax.models import lora
 from gopd_jax.models.cache import widths
-from gopd_jax.planning import abstract, phases, reads
+from gopd_jax.planning import abstract, evaluated, phases, reads
 from gopd_jax.planning.chips import GIB
-from gopd_jax.planning.phases import PHASES, Compiled
+from gopd_jax.planning.phases import STEP, Compiled
 from gopd_jax.planning.traffic import Loop
 
 
@@ -47,7 +47,7 @@ class Decode:
 
 
 def decode(run: abstract.Run, loops: tuple[Loop, ...]) -> Decode | None:
-    """Of the loops of a program that generates; None where it has none.
+    """Of the loops of a step's program that generates; None where it has none.
 
     One loop for each model that writes, or several of rising bounds, which go on one after another.
     """
@@ -91,7 +91,7 @@ def decode_told(run: abstract.Run, found: tuple[Compiled, ...]) -> list[str]:
         f"{size / GIB:.3f} GiB of HBM a device"
     ]
     for one in found:
-        if (it := decode(run, one.loops)) is not None:
+        if one.name in STEP and (it := decode(run, one.loops)) is not None:
             to = f" ({it.least / GIB:.3f} at the least)" if it.least < 0.99 * it.moved else ""
             lines.append(
                 f"  {one.name:<15} reads and writes {it.moved / GIB:.3f} GiB a turn{to}, "
@@ -123,8 +123,9 @@ def sent(run: abstract.Run, name: str) -> float:
     ids, statistics and the heads that a loss over the vocabulary asks for are left out.
     """
     if name == "fused":
-        return sum(sent(run, other) for other in PHASES[:3])
-    return {"generate": _generate, "score": _score, "update": _update}[name](run)
+        return sum(sent(run, other) for other in STEP[:3])
+    stages = {"generate": _generate, "score": _score, "update": _update, "evaluate": _evaluate}
+    return stages[name](run)
 
 
 def _generate(run: abstract.Run) -> float:
@@ -137,6 +138,14 @@ def _generate(run: abstract.Run) -> float:
         + _sums(made.mesh, decoder, rows * (n_prompt + made.completion_length - 1))
         for decoder, rows, _ in reads.writers(run)
     )
+
+
+def _evaluate(run: abstract.Run) -> float:
+    if (one := evaluated.largest(run)) is None:
+        return 0
+    made, length = run.recipe, one.n_prompt + run.recipe.completion_length
+    tokens = sum(made.group_rows) * (length - 1)
+    return _gathered(made.mesh, one.decoder) + _sums(made.mesh, one.decoder, tokens)
 
 
 def _score(run: abstract.Run) -> float:

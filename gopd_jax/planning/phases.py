@@ -1,4 +1,4 @@
-"""The programs of a step, compiled ahead of time: what each needs, computes and would take.
+"""The programs of a run, compiled ahead of time: what each needs, computes and would take.
 
 Memory is the compiler's own account. Seconds are a roofline, an estimate that is as good as its
 assumptions (`ASSUMED`); nothing is run.
@@ -14,12 +14,14 @@ from collections.abc import Iterable, Iterator
 import jax
 
 from gopd_jax import sharding, step
-from gopd_jax.planning import abstract, collectives, flops, reads, streamed, traffic
+from gopd_jax.models import lora
+from gopd_jax.planning import abstract, collectives, evaluated, flops, reads, streamed, traffic
 from gopd_jax.planning.chips import FLOAT32_PASSES, GIB, HOST_LINK, Topology
 from gopd_jax.planning.flops import Work
 from gopd_jax.recipe import following
 
-PHASES = ("generate", "score", "update", "fused")
+STEP = ("generate", "score", "update", "fused")
+PHASES = (*STEP, "evaluate")
 ASSUMED = (
     "every completion as long as the limit",
     "products at --mfu of the chip's bfloat16 peak, a float32 product as "
@@ -96,22 +98,37 @@ class Compiled:
 
 
 def used_by(run: abstract.Run) -> tuple[str, ...]:
-    """The programs that training runs: the fused step, or its stages around a verifier's reward."""
-    return PHASES[:3] if run.recipe.objective.reward else ("fused",)
+    """The programs that training runs: the fused step, or its stages around a verifier's reward.
+
+    And evaluation's, of a model that the step does not sample from, or not in the same way.
+    """
+    steps = STEP[:3] if run.recipe.objective.reward else ("fused",)
+    return (*steps, "evaluate") if evaluated.names(run) else steps
 
 
 def possible(run: abstract.Run, names: tuple[str, ...]) -> tuple[str, ...]:
-    """Those of `names` that the objective allows. ValueError for unknown ones, and for none."""
+    """Those of `names` that the run may have. ValueError for unknown ones, and for none."""
     if unknown := [name for name in names if name not in PHASES]:
         raise ValueError(f"--phase has {unknown}; the phases are {list(PHASES)}")
+    if not (left := kept(run, names)) and names:
+        raise ValueError(
+            "--phase=evaluate, and this run evaluates with the program of its rollout: no teacher "
+            "(evaluation.teachers), no other numbers (sampling.cache_dtype, sampling.weights_dtype)"
+        )
+    names = left
     if run.recipe.objective.reward:  # the host works between the stages
         names = tuple(name for name in names if name != "fused")
     if not names:
         raise ValueError(
             "--phase=fused, and the objective has a verifier's reward, which the host computes "
-            f"between the stages; there are {list(PHASES[:3])}"
+            f"between the stages; there are {list(STEP[:3])}"
         )
     return names
+
+
+def kept(run: abstract.Run, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of `names` without the evaluation, where the rollout's program is all it runs."""
+    return names if evaluated.names(run) else tuple(name for name in names if name != "evaluate")
 
 
 def programs(run: abstract.Run, names: tuple[str, ...]) -> Iterator[Program]:
@@ -165,6 +182,26 @@ def programs(run: abstract.Run, names: tuple[str, ...]) -> Iterator[Program]:
         counted = plain and step.fused(plain).trace(state, frozen, prompts, key)
         held = state, loaded, prompts
         yield Program(name="fused", traced=traced, held=held, counted=counted)
+    if "evaluate" in names and (one := evaluated.largest(run)) is not None:
+        yield _evaluation(run, one, state, loaded)
+
+
+def _evaluation(run: abstract.Run, one: evaluated.Sampled, state, loaded) -> Program:
+    """Of the model that needs most: with it the others fit, one after another."""
+    made, params = run.recipe, run.roles[one.name].params
+    if one.name == "student" or params is None:
+        params = lora.join(state.params, run.frozen.base)
+    prompts = evaluated.prompts(run, one)
+
+    def traced(recipe):
+        return step.sampling(recipe, one.decoder).trace(params, prompts, run.key)
+
+    return Program(
+        name="evaluate",
+        traced=traced(made),
+        held=(state, loaded, prompts),
+        counted=traced(dataclasses.replace(made, slots=None)) if made.slots else None,
+    )
 
 
 def compiled(run: abstract.Run, program: Program, topology: Topology, *, mfu: float) -> Compiled:
@@ -246,10 +283,11 @@ def roofline(
     """Seconds of a phase by what takes them: "decode: HBM", "generate: compute" and so on.
 
     Of each part the slowest of its limits; {} where nothing is known of the chip. memory None: of a
-    phase that does not fit, whose compute and host link alone are told. An estimate.
+    phase that does not fit, whose compute and host link alone are told. {} of an evaluation, which
+    is no part of a step. An estimate.
     """
     chip = topology.chip
-    if chip is None:
+    if chip is None or name == "evaluate":
         return {}
     found = {}
     if work.looped.total:
@@ -286,7 +324,7 @@ def assumed(run: abstract.Run) -> tuple[str, ...]:
 def parts(found: Iterable[Compiled]) -> dict[str, float]:
     """Seconds by part: of the stages where there are all, else of what was compiled."""
     named = {one.name: one.estimate for one in found if one.estimate}
-    stages = [named[name] for name in PHASES[:3] if name in named]
+    stages = [named[name] for name in STEP[:3] if name in named]
     chosen = stages if len(stages) == 3 or "fused" not in named else [named["fused"]]
     return {name: seconds for part in chosen for name, seconds in part.items()}
 

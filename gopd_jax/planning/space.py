@@ -12,7 +12,7 @@ from gopd_jax import config as settings
 from gopd_jax import sharding
 from gopd_jax.models import lora
 from gopd_jax.models.decoder import Decoder
-from gopd_jax.planning import abstract, flops, phases, reads, streamed
+from gopd_jax.planning import abstract, evaluated, flops, phases, reads, streamed
 from gopd_jax.planning.chips import Topology
 from gopd_jax.planning.phases import Compiled, Memory
 
@@ -110,7 +110,7 @@ def ranked(runs, names: tuple[str, ...], topology: Topology, *, mfu: float) -> l
         if key not in works:
             works[key] = {
                 program.name: flops.count((program.counted or program.traced).jaxpr)
-                for program in phases.programs(run, names)
+                for program in phases.programs(run, tuple(n for n in names if n != "evaluate"))
             }
         parts = [
             Compiled(
@@ -157,6 +157,8 @@ def bound(run: abstract.Run, names: tuple[str, ...]) -> int:
         extra.append(phases.bytes_of(run.prompts) + cache)
     if {"update", "fused"} & {*names}:
         extra.append(phases.bytes_of(abstract.state(run).params))
+    if "evaluate" in names and (one := evaluated.largest(run)) is not None:
+        extra.append(phases.bytes_of(evaluated.prompts(run, one)) + one.cache)
     return _held(run) + max(extra)
 
 
@@ -189,6 +191,9 @@ def guess(run: abstract.Run, names: tuple[str, ...]) -> int:
         positions = sharding.parts(made.mesh, "length")
         activations = (cfg.num_hidden_layers * state + logits) // positions
         extra.append(2 * gradient + activations + scores)
+    if "evaluate" in names and (one := evaluated.largest(run)) is not None:
+        scores = _scores(made.mesh, one.decoder, -(-one.at_once // shards), one.n_prompt)
+        extra.append(one.cache + one.copied + FORWARD * scores)
     return int(_held(run) + max(extra))
 
 
