@@ -176,7 +176,8 @@ def report(this: Search, topology: Topology) -> str:
 
 
 CURES = (
-    "a larger slice, a smaller --config.batch.prompts or --config.sampling.completion_length, or "
+    "a larger slice, a smaller --config.batch.prompts or --config.sampling.completion_length, "
+    "--config.evaluation.teachers=False where evaluate is what does not fit, or "
     "--config.teachers.NAME.placement=host, or host_layers"
 )
 
