@@ -314,6 +314,7 @@ UNSUPPORTED = {
     ),
     "experts": ({"num_experts": 4}, "unknown field num_experts"),
     "images": ({"model_type": "gemma3"}, r"reads images too.*t.save_pretrained\(OUT\)"),
+    "interleaved rope": ({"rope_interleaved": True}, "rope_interleaved = True"),
     "half rope": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
     "two thetas": ({"rope_parameters": {"rope_theta": 1e6}}, r"two rope_theta, \[10000.0, 1000000"),
     "two ropes": (

@@ -138,6 +138,8 @@ DECODER = {
         ({"added_tokens_decoder": DECODER}, {"special_tokens_map.json": NAMED}),  # not read
         ({"added_tokens_decoder": DECODER, **NAMED}, {}),
         ({"extra_special_tokens": {"image_token": "<|endoftext|>"}}, {}),
+        ({"additional_special_tokens": ["ab"], **NAMED}, {"vocabulary": ["ab"]}),
+        ({"eos_token": "ab"}, {"vocabulary": ["ab"]}),
     ],
 )
 def test_named_tokens_are_those_of_transformers(tmp_path, config, files):
@@ -147,14 +149,33 @@ def test_named_tokens_are_those_of_transformers(tmp_path, config, files):
     path = write(tmp_path, template=template, **config)
     text = (path / "tokenizer.json").read_text().replace('"special": true', '"special": false')
     (path / "tokenizer.json").write_text(text.replace('"special":true', '"special":false'))
+    saved = json.loads((path / "tokenizer.json").read_text())
+    for text in files.pop("vocabulary", ()):  # a token that no text is encoded as by itself
+        vocabulary = saved["model"]["vocab"]
+        saved["model"]["vocab"] = {t if i < 255 else text: i for t, i in vocabulary.items()}
+    (path / "tokenizer.json").write_text(json.dumps(saved))
     for name, value in files.items():
         (path / name).write_text(json.dumps(value))
     theirs, ours = AutoTokenizer.from_pretrained(str(path)), tokenizer_lib.load(path)
-    chat = [{"role": "user", "content": "a <|endoftext|> b<|im_end|> c"}]
+    chat = [{"role": "user", "content": "a <|endoftext|> b<|im_end|> cabd"}]
     want = theirs.apply_chat_template(chat, tokenize=True, return_dict=False)
     assert ours.render(chat) == want
     assert ours.decode(want) == theirs.decode(want, skip_special_tokens=True)
     assert ours.contents[ours.eos_ids[0]] == theirs.eos_token
+
+
+def test_a_token_that_nothing_writes_may_be_missing(tmp_path):
+    """CodeLlama's fill_token; and a file that transformers does not read beside a decoder."""
+    decoder = {"258": {"content": "<|im_end|>", "special": True}, "257": {"content": SPECIAL[1]}}
+    path = write(tmp_path, fill_token="<FILL_ME>", added_tokens_decoder=decoder, x_token={"a": 1})
+    (path / "added_tokens.json").write_text('{"<stale>": 9}')
+    assert tokenizer_lib.load(path).vocab_size == 259
+    (path / "chat_template.jinja").write_text("{{ fill_token }}" + TEMPLATE)
+    with pytest.raises(ValueError, match=r"fill_token is '<FILL_ME>' in .* no token of tokenizer"):
+        tokenizer_lib.load(path)
+    path = write(tmp_path / "old", added_tokens_decoder=None)
+    (path / "added_tokens.json").write_text('{"<stale>": 9}')
+    assert tokenizer_lib.load(path).vocab_size == 259
 
 
 def test_ends_are_config_jsons_where_there_is_no_generation_config(tmp_path):

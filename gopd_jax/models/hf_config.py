@@ -138,7 +138,7 @@ def _one_rope(config: dict, *, default_theta: float | None = None):
     old, new = config.get("rope_scaling") or {}, config.get("rope_parameters") or {}
     if not isinstance(old, dict) or not isinstance(new, dict):
         raise ValueError(f"rope_scaling is {old!r} and rope_parameters {new!r}; each is an object")
-    if old and "rope_theta" in new and config.get("rope_theta") is None:
+    if old and "rope_theta" in new.keys() - old.keys() and config.get("rope_theta") is None:
         raise ValueError(
             "the model's config gives rope_scaling, beside which transformers does not read the "
             "rope_theta of rope_parameters; remove rope_scaling, or set rope_theta itself"

@@ -59,6 +59,7 @@ ONLY = {
     "mlp_bias": False,
     "use_mrope": False,
     "partial_rotary_factor": 1.0,
+    "rope_interleaved": False,
     "quantization_config": None,
     "auto_map": None,
     "per_layer_config": None,
@@ -91,6 +92,7 @@ NEUTRAL = {
     *("dtype", "torch_dtype", "torchscript", "use_bfloat16", "tf_legacy_loss", "unsloth_fixed"),
     *("unsloth_version", "attn_implementation", "_attn_implementation", "experts_implementation"),
     *("_attn_implementation_autoset", "_experts_implementation", "chunk_size_feed_forward"),
+    *("is_llama_config", "transformers.js_config"),
     "pretraining_tp",  # the same products in pieces
     # what is returned, and the losses and heads of other tasks
     *("output_attentions", "output_hidden_states", "output_router_logits", "return_dict"),

@@ -13,6 +13,8 @@ _AGAIN = (
     "copy it from where the model came from, or write it with transformers: "
     "AutoTokenizer.from_pretrained(...).save_pretrained(directory)"
 )
+_ADDED = "added_tokens.json"
+_NEEDED = ("bos_token", "eos_token", "pad_token", "unk_token")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 # Objects of tokenizer_config.json with more tokens that a template may name.
 _MORE_NAMED = ("extra_special_tokens", "model_specific_special_tokens")
@@ -45,13 +47,14 @@ def read(path: Path) -> Files:
     _as_configured(backend, config)
     contents = _contents(backend, config, path)
     special = _special(config)
-    _require_named(config, special, contents, path)
+    template = _template(config, path)
+    _require_named(config, special, template, contents, path)
     eos_ids = _eos_ids(special, contents, path)
     return Files(
         backend=backend,
         contents=contents,
         special=special,
-        template=_template(config, path),
+        template=template,
         eos_ids=eos_ids,
         pad_id=contents.index(special["pad_token"]) if "pad_token" in special else eos_ids[0],
     )
@@ -88,23 +91,31 @@ def _backend(path: Path) -> tokenizers.Tokenizer:
 def _as_configured(backend: tokenizers.Tokenizer, config: dict) -> None:
     """Give added tokens the flags of tokenizer_config.json, which transformers puts first.
 
-    Every named token is special, too: it is no part of a completion's text.
+    Every named token is special, too: it is no part of a completion's text. Those that only the
+    vocabulary has become added tokens under their id, which text is not spelt out for.
     """
-    have = backend.get_added_tokens_decoder()
-    named = set(_special(config).values())
-    for i, token in config.get("added_tokens_decoder", {}).items():
-        if (old := have.get(int(i))) is None or old.content != token["content"]:
-            continue  # `_contents` refuses it
-        have[int(i)] = tokenizers.AddedToken(
-            old.content, **{flag: token.get(flag, getattr(old, flag)) for flag in _FLAGS}
-        )
     before = backend.get_added_tokens_decoder()
+    have, named = dict(before), set(_special(config).values())
+    for i, token in _decoder(config).items():
+        # What `_contents` refuses is left as it is.
+        if i in have and have[i].content == token.get("content"):
+            have[i] = tokenizers.AddedToken(**{k: token[k] for k in _FLAGS if k in token})
+            have[i].content = token["content"]
     for i, token in have.items():
         flags = {flag: getattr(token, flag) for flag in _FLAGS}
         flags["special"] |= token.content in named
         if flags != {flag: getattr(before[i], flag) for flag in _FLAGS}:
             add = backend.add_special_tokens if flags["special"] else backend.add_tokens
             add([tokenizers.AddedToken(token.content, **flags)])
+    texts = named | {text for _, text in _listed(config)}
+    unseen = sorted(texts - {token.content for token in have.values()})
+    unseen = [text for text in unseen if backend.token_to_id(text) is not None]
+    backend.add_special_tokens([tokenizers.AddedToken(t, normalized=False) for t in unseen])
+
+
+def _decoder(config: dict) -> dict[int, dict]:
+    """added_tokens_decoder, where the file has one: id -> a token's content and flags."""
+    return {int(i): token for i, token in (config.get("added_tokens_decoder") or {}).items()}
 
 
 def _contents(backend: tokenizers.Tokenizer, config: dict, path: Path) -> tuple[str | None, ...]:
@@ -115,12 +126,12 @@ def _contents(backend: tokenizers.Tokenizer, config: dict, path: Path) -> tuple[
     contents: list[str | None] = [None] * (max(ids.values()) + 1)
     for content, i in ids.items():
         contents[i] = content
-    for i, token in config.get("added_tokens_decoder", {}).items():
-        have = contents[int(i)] if int(i) < len(contents) else None
-        if have != token["content"]:
+    for i, token in _decoder(config).items():
+        have, text = contents[i] if i < len(contents) else None, token.get("content")
+        if have != text:
             raise ValueError(
-                f"id {i} is {token['content']!r} in {path / 'tokenizer_config.json'} and {have!r} "
-                "in tokenizer.json; save the tokenizer again with transformers' save_pretrained"
+                f"id {i} is {text!r} in {path / 'tokenizer_config.json'} and {have!r} in "
+                "tokenizer.json; save the tokenizer again with transformers' save_pretrained"
             )
     return tuple(contents)
 
@@ -131,26 +142,39 @@ def _special(config: dict) -> dict[str, str]:
     for key in _MORE_NAMED:
         if isinstance(more := config.get(key), dict):
             named |= more
-    texts = {k: v["content"] if isinstance(v, dict) else v for k, v in named.items()}
-    return {key: text for key, text in texts.items() if isinstance(text, str)}
+    return {key: text for key, value in named.items() if isinstance(text := _text(value), str)}
 
 
-def _require_named(config: dict, special: dict, contents: tuple, path: Path) -> None:
-    """transformers gives new ids to tokens that tokenizer.json has not; here they are refused."""
+def _listed(config: dict) -> Iterator[tuple[str, str]]:
+    """(key, text) of the tokens that lists name."""
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        if isinstance(tokens := config.get(key), list):
+            yield from ((key, text) for t in tokens if isinstance(text := _text(t), str))
+
+
+def _text(token):
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _require_named(config: dict, special: dict, template: str, contents: tuple, path: Path) -> None:
+    """transformers gives new ids to tokens that tokenizer.json has not; here they are refused.
+
+    But for those that nothing writes: CodeLlama's fill_token stands for a place in a text.
+    """
+    written = {
+        (name, text)
+        for name, text in special.items()
+        if name in _NEEDED or name in template or text in template
+    }
+    written |= {*_listed(config)}
+    if "added_tokens_decoder" not in config:
+        written |= {(_ADDED, t) for t in _json(path / _ADDED, optional=True)}
     known = set(contents)
-    for name, text in _named(config, special, path):
+    for name, text in sorted(written):
         if text not in known:
             raise ValueError(
                 f"{name} is {text!r} in {path}, which is no token of tokenizer.json; {_AGAIN}"
             )
-
-
-def _named(config: dict, special: dict, path: Path) -> Iterator[tuple[str, str]]:
-    yield from special.items()
-    for key in ("additional_special_tokens", "extra_special_tokens"):
-        if isinstance(tokens := config.get(key), list):
-            yield from ((key, t["content"] if isinstance(t, dict) else t) for t in tokens)
-    yield from (("added_tokens.json", t) for t in _json(path / "added_tokens.json", optional=True))
 
 
 def _template(config: dict, path: Path) -> str:
