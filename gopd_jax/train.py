@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -243,16 +244,31 @@ def _judge_all(this: Run, judge, state: TrainState, stop, note) -> int | None:
         return signal_of
     students = judge("student", this.student.decoder, results.whole(this, state), 0)
     for task in this.train.tasks if this.recipe.teachers else ():
-        for name in (f"teacher:{name}" for name in teachers_of(this.config, task)):
-            if name not in found:
-                continue
-            told, own = found[name][task], students[task]
-            if told["accuracy"] <= own["accuracy"] + _error(told, own):
-                note(
-                    f"warning: by these samples {name} is not clearly better than the student on "
-                    f"{task!r}, {_shown(told)} and {_shown(own)}: is it the right teacher?"
-                )
+        names = [f"teacher:{name}" for name in teachers_of(this.config, task)]
+        theirs = {name: found[name][task] for name in names if name in found}
+        for said in doubts(task, students[task], theirs):
+            note(said)
     return None
+
+
+def doubts(task: str, own: dict, theirs: dict[str, dict]) -> Iterator[str]:
+    """What to say before the first step where a task's teachers are not ahead of the student.
+
+    own: the student's row of evaluation.jsonl; theirs: name -> the teacher's.
+    """
+    if theirs and own["accuracy"] == 1:
+        yield (
+            f"warning: the student solves every problem of {task!r} that it is evaluated on "
+            "already: what it learns will not be seen there; raise --config.evaluation.problems, "
+            "or give harder ones"
+        )
+        return
+    for name, told in theirs.items():
+        if told["accuracy"] <= own["accuracy"] + _error(told, own):
+            yield (
+                f"warning: by these samples {name} is not clearly better than the student on "
+                f"{task!r}, {_shown(told)} and {_shown(own)}: is it the right teacher?"
+            )
 
 
 def worse(before: list[dict], after: list[dict]) -> str | None:

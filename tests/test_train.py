@@ -210,6 +210,20 @@ def test_a_student_that_lost_more_than_two_standard_errors_is_named():
     assert train.worse([], rows(0.0, 0.0)) is None
 
 
+def test_a_teacher_that_is_not_ahead_is_doubted_where_there_is_room_to_be():
+    def of(accuracy, stderr=0.03):
+        return {"accuracy": accuracy, "stderr": stderr}
+
+    ahead, level = {"teacher:a": of(0.9)}, {"teacher:b": of(0.43)}
+    assert [*train.doubts("math", of(0.4), ahead)] == []
+    (said,) = train.doubts("math", of(0.4), ahead | level)
+    assert "teacher:b is not clearly better than the student on 'math', 43.0 ± 3.0 %" in said
+    assert [*train.doubts("math", of(0.4, None), level)] == []  # one problem tells no error
+    (said,) = train.doubts("math", of(1.0, 0.0), {"teacher:a": of(1.0, 0.0)} | level)
+    assert "the student solves every problem of 'math'" in said
+    assert [*train.doubts("math", of(1.0, 0.0), {})] == []
+
+
 @pytest.mark.slow
 def test_a_finished_run_is_made_longer_by_more_steps(root, tmp_path):
     train.run(in_workdir(root, tmp_path, steps=4))
