@@ -9,6 +9,7 @@ import ast
 import dataclasses
 import hashlib
 import json
+import types
 import typing
 from dataclasses import MISSING, dataclass, field
 
@@ -220,6 +221,24 @@ class Config:
 def to_dict(config: Config) -> dict:
     """The settings as plain values, for JSON."""
     return dataclasses.asdict(config)
+
+
+def from_dict(values: dict) -> Config:
+    """The Config of what `to_dict` made, also after JSON; what a section lacks is its default."""
+    return _typed(Config, values)
+
+
+def _typed(kind, value):
+    if isinstance(kind, types.UnionType):
+        kind = typing.get_args(kind)[0]  # of X | None
+    if value is None:
+        return None
+    if dataclasses.is_dataclass(kind):
+        of = {f.name: f.type for f in dataclasses.fields(kind) if f.name in value}
+        return kind(**{name: _typed(one, value[name]) for name, one in of.items()})
+    if typing.get_origin(kind) is dict:
+        return {name: _typed(typing.get_args(kind)[1], x) for name, x in value.items()}
+    return tuple(value) if typing.get_origin(kind) is tuple else value
 
 
 # Settings that may change between a run and its continuation: they change no number it computes.

@@ -3,6 +3,7 @@
 Each check returns sentences that name the setting, its value and the cure.
 """
 
+import copy
 import dataclasses
 import math
 import os
@@ -81,6 +82,21 @@ def leaves(value, key: str = "", kind=None) -> Iterator[tuple[str, object, objec
             yield from leaves(value[name], f"{key}.{name}", typing.get_args(kind)[1])
     else:
         yield key, value, kind
+
+
+def changed(config, values: dict[str, object]):
+    """A copy of the Config with these values by key, "mesh.data" say, teachers' by their names.
+
+    AttributeError for a key of a section that is None.
+    """
+    made = copy.deepcopy(config)
+    for key, value in values.items():
+        *sections, name = key.split(".")
+        at = made
+        for section in sections:
+            at = at[section] if isinstance(at, dict) else getattr(at, section)
+        setattr(at, name, value)
+    return made
 
 
 def _reads(model) -> tuple:

@@ -1,6 +1,7 @@
 """Settings: flags typed by their annotations, identified by what changes a number."""
 
 import dataclasses
+import json
 import keyword
 import re
 import subprocess
@@ -251,3 +252,21 @@ def test_no_setting_is_a_python_keyword_or_hides_a_method_of_dict():
         for part in key.split("."):
             assert not keyword.iskeyword(part)
             assert not hasattr(dict, part)
+
+
+def test_a_config_comes_back_from_its_plain_values_after_json():
+    teachers = {"math": Model(path="m", template="a=1"), "code": Model(path="c")}
+    made = Config(
+        workdir="run",
+        student=Model(path="s"),
+        reference=Model(path="r"),
+        teachers=teachers,
+        objective=Objective(lam=1.5, task_lam={"math": 2.0}, gates=("agree",)),
+        optimizer=Optimizer(schedule="cosine"),
+    )
+    plain = json.loads(json.dumps(settings.to_dict(made)))
+    assert settings.from_dict(plain) == made
+    del plain["objective"]["task_lam"], plain["optimizer"]
+    fewer = settings.from_dict(plain)
+    assert fewer.objective == dataclasses.replace(made.objective, task_lam={})
+    assert fewer.optimizer == Optimizer()

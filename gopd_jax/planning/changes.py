@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator
 
 from gopd_jax import config as settings
-from gopd_jax import sharding
+from gopd_jax import problems, sharding
 from gopd_jax.planning import abstract, phases, streamed
 from gopd_jax.planning.chips import Topology
 from gopd_jax.planning.phases import Compiled
@@ -66,14 +65,8 @@ def _smaller(c: settings.Config, mesh) -> Iterator[dict]:
 
 
 def changed(c: settings.Config, values: dict) -> tuple[str, settings.Config]:
-    made = copy.deepcopy(c)
-    for key, value in values.items():
-        *sections, name = key.split(".")
-        at = made
-        for section in sections:
-            at = at[section] if isinstance(at, dict) else getattr(at, section)
-        setattr(at, name, value)
-    return " ".join(f"--config.{key}={value}" for key, value in values.items()), made
+    told = " ".join(f"--config.{key}={value}" for key, value in values.items())
+    return told, problems.changed(c, values)
 
 
 def faster(

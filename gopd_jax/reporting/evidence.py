@@ -7,16 +7,14 @@ in either.
 from __future__ import annotations
 
 import ast
-import dataclasses
 import functools
 import json
 import math
 import re
-import types
-import typing
 from collections.abc import Iterable
 
-from gopd_jax.config import Config
+from gopd_jax import config as settings
+from gopd_jax import problems
 from gopd_jax.objectives.objective import TABLES, names, over_vocabulary
 
 # Rows that are looked at: of a run's beginning and of its end. So a step costs the same at the end
@@ -124,32 +122,17 @@ def refused(config: dict, flag: str) -> bool:
 @functools.lru_cache(maxsize=1024)  # 20 ms, and advice is sought at every row
 def _wrong(config: str, key: str | None = None, value: str = "") -> bool:
     found = {name: x for name, x in json.loads(config).items() if x is not None}
-    made = _typed(Config, {"workdir": "run", "student": {}} | found)
+    made = settings.from_dict({"workdir": "run", "student": {}} | found)
     if key is not None:
-        *path, last = key.split(".")
-        section = functools.reduce(getattr, path, made)
-        if section is None:
-            return True
         try:
             entry = ast.literal_eval(value.strip("'"))
         except (ValueError, SyntaxError):
             entry = None if value == "none" else value.strip("'")
-        setattr(section, last, entry)
+        try:
+            made = problems.changed(made, {key: entry})
+        except AttributeError:  # of a section that is none here
+            return True
     return bool(made.problems(files=False))
-
-
-def _typed(kind, value):
-    """A setting of this type from JSON's lists and dicts; what a section lacks is its default."""
-    if isinstance(kind, types.UnionType):
-        kind = typing.get_args(kind)[0]  # of X | None
-    if value is None:
-        return None
-    if dataclasses.is_dataclass(kind):
-        of = {f.name: f.type for f in dataclasses.fields(kind) if f.name in value}
-        return kind(**{name: _typed(one, value[name]) for name, one in of.items()})
-    if typing.get_origin(kind) is dict:
-        return {name: _typed(typing.get_args(kind)[1], x) for name, x in value.items()}
-    return tuple(value) if typing.get_origin(kind) is tuple else value
 
 
 def say(config: dict, found: str, *cures: tuple[str, str, str] | str | None) -> str:
