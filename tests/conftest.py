@@ -183,7 +183,7 @@ def first_step(setting):
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """The directory of tiny.build, for the tests of commands on rows; others have their own."""
+    """The directory of tiny.build; a module that adds to it has its own."""
     root = tmp_path_factory.mktemp("models")
     tiny.build(root)
     return root

@@ -12,13 +12,6 @@ from gopd_jax import metrics, train
 ROWS = ("metrics.jsonl", "evaluation.jsonl", "samples.jsonl", "export/model.safetensors")
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    root = tmp_path_factory.mktemp("tiny")
-    tiny.build(root)
-    return root
-
-
 @pytest.fixture
 def stopped(monkeypatch):
     """stopped(config) -> the step after which a signal has stopped the run."""

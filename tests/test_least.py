@@ -18,13 +18,6 @@ from gopd_jax.planning.traffic import Loop
 CPU8 = Topology(name="cpu:8", devices=tuple(jax.devices()), chip=None)
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    root = tmp_path_factory.mktemp("least")
-    tiny.build(root)
-    return root
-
-
 def prepared(root, **changes):
     return abstract.prepare(tiny.config(root, **changes), jax.devices())
 

@@ -17,14 +17,6 @@ from gopd_jax.types import TrainState
 from gopd_jax.verifiers import Verdict
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    """Models and data of the tiny run."""
-    root = tmp_path_factory.mktemp("tiny")
-    tiny.build(root)
-    return root
-
-
 def noting(monkeypatch, events, owner, name, told):
     """Calls of owner.name are noted, before their work, as told(*args)."""
     real = getattr(owner, name)

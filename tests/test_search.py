@@ -19,13 +19,6 @@ from gopd_jax.planning.chips import Chip, Topology
 CHIP = Chip(flops=1e12, bandwidth=1e15, usable=2**40, source="made up")
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    root = tmp_path_factory.mktemp("search")
-    tiny.build(root)
-    return root
-
-
 def topology(n, usable=2**40):
     chip = dataclasses.replace(CHIP, usable=int(usable))
     return Topology(name=f"cpu:{n}", devices=tuple(jax.devices()[:n]), chip=chip)

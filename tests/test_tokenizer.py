@@ -150,6 +150,7 @@ def test_named_tokens_are_those_of_transformers(tmp_path, config, files):
     text = (path / "tokenizer.json").read_text().replace('"special": true', '"special": false')
     (path / "tokenizer.json").write_text(text.replace('"special":true', '"special":false'))
     saved = json.loads((path / "tokenizer.json").read_text())
+    files = dict(files)
     for text in files.pop("vocabulary", ()):  # a token that no text is encoded as by itself
         vocabulary = saved["model"]["vocab"]
         saved["model"]["vocab"] = {t if i < 255 else text: i for t, i in vocabulary.items()}
