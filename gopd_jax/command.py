@@ -151,10 +151,15 @@ def _made_by_us(data) -> dict[str, str] | None:
     if not isinstance(data, str | os.PathLike):
         return None
     beside = Path(f"{os.fspath(data)}{IDENTITY}")
+    if not beside.is_file():
+        return None
     try:
         made = json.loads(beside.read_text())
-    except (OSError, ValueError):
-        return None
+    except ValueError as error:
+        raise ValueError(
+            f"{beside} is not JSON ({error}), so whose ids {data} has is not known; give the file "
+            "back, or remove it where you know that they are the model's"
+        ) from error
     return made if isinstance(made, dict) and made.get("command") in COMMANDS else None
 
 

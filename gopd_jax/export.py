@@ -141,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--adapter", action="store_true", help="the LoRA adapters alone, as PEFT keeps them"
     )
     args = parser.parse_args(argv)
-    there = args.out.exists()
+    there = args.out.is_dir() and any(args.out.iterdir())
     try:
         step = export(
             args.workdir,

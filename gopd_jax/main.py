@@ -127,7 +127,7 @@ def _check_preset(argv) -> None:
         refuse(f"put --config=..., the preset, before {argv[settings[0]]}, which changes it")
     if (preset := _preset()) and not preset.is_file():
         files = preset.parent.glob("[!_]*.py")
-        known = sorted(file.stem for file in files if "get_config" in file.read_text())
+        known = sorted(file.stem for file in files if b"get_config" in file.read_bytes())
         there = f"; there are {known} in {preset.parent}" if known else ""
         refuse(f"there is no preset {preset}{there}")
 

@@ -276,7 +276,7 @@ def _ending(student: Role, c: settings.Config, stop: tuple[int, ...]) -> Role:
     with the template of an instruction-tuned one are published so.
     """
     chat = student.tokenizer.ending_with(stop)
-    if c.sampling.stop is None and chat.end_id not in chat.turn_ids:
+    if c.sampling.stop is None:
         _refuse(ends_otherwise(chat))
     return dataclasses.replace(student, reader=dataclasses.replace(student.reader, tokenizer=chat))
 

@@ -239,7 +239,10 @@ def run(tmp_path_factory):
 @pytest.mark.slow
 def test_the_command_writes_what_the_run_wrote_at_its_end(run, tmp_path, capsys):
     export.main([f"--workdir={run}", f"--out={tmp_path / 'out'}"])
-    assert capsys.readouterr().out == f"model after step 4: {tmp_path / 'out'}\n"
+    said = f"model after step 4: {tmp_path / 'out'}"
+    assert capsys.readouterr().out == f"{said}\n"
+    export.main([f"--workdir={run}", f"--out={tmp_path / 'out'}"])
+    assert capsys.readouterr().out == f"{said} (in the place of the checkpoint that was there)\n"
     names = {file.name for file in (run / "export").iterdir()}
     assert names == {file.name for file in (tmp_path / "out").iterdir()}
     assert {hf.WEIGHTS, "config.json", "tokenizer.json", "README.md"} <= names

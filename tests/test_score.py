@@ -126,6 +126,9 @@ def test_rows_of_another_tokenizer_are_refused(model, data, tmp_path):
     for made in (ours, ours | fewer, {"tokenizer": "gpt2"}, []):
         beside.write_text(json.dumps(made))
         assert len(score.score_rows(model, path, batch=4)) == len(data)
+    beside.write_text(json.dumps(ours)[:-1])
+    with pytest.raises(ValueError, match=r"rows.jsonl.identity.json is not JSON .*, so whose ids"):
+        score.score_rows(model, path)
     beside.write_text(json.dumps(ours | fewer | {"ids": "199"}))
     with pytest.raises(ValueError, match="another tokenizer"):
         score.score_rows(model, path)
