@@ -68,8 +68,6 @@ CELLS = tuple(Cell(preset, topology) for topology in SLICES for preset in PRESET
 def asked(cell: Cell, what: str) -> list[str]:
     """The command of a phase; what = "change": of what would fit where the step does not."""
     phase = [f"--phase={what}", "--nochanges"] if what in PHASES else ["--phase=fused"]
-    if what == "evaluate":  # of presets too that leave it out because it does not fit
-        phase.append("--config.evaluation.teachers=True")
     return [
         *(sys.executable, "-m", "gopd_jax.plan", f"--config=configs/qwen3.py:{cell.preset}"),
         *(f"--topology={cell.topology}", *cell.flags, *phase),
@@ -141,8 +139,8 @@ account of one device, seconds a roofline under the assumptions below, that leav
 Under *decode* is what a turn of the compiled loop reads and writes in HBM, over weights and the
 whole cache (over weights and what the cache holds on average); under *received* what a device gets
 from others in the step, over what the sharding asks for. Training runs `fused`, and `evaluate` for
-its teacher before the first step unless `evaluation.teachers=False`, as "8b" has it. Verdicts are
-of the step alone; where its evaluation was compiled and does not fit, they say so. Made by
+its teacher before the first step unless `evaluation.teachers=False`, 256 rows at one time. Verdicts
+are of the step alone; where its evaluation was compiled and does not fit, they say so. Made by
 `python -m benchmarks.plans`, which continues the record beside it
 ({versions}).
 {note}"""

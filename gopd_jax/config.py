@@ -178,6 +178,7 @@ class Evaluation:
     every: int | None = 20  # steps between the student's evaluations; None: only first and last
     verify_every: int | None = 5  # steps between verdicts on training rollouts; None: never
     teachers: bool = True  # evaluate every teacher once
+    rows: int | None = None  # completions sampled at one time; None: as many as a step has
 
 
 @dataclass(slots=True, kw_only=True)
@@ -245,7 +246,7 @@ def _typed(kind, value):
 MAY_CHANGE = ("workdir", "checkpoints", "diagnostics", "preflight", "profile", "mesh")
 # Parts of others of which the same is true.
 PARTS_MAY_CHANGE = (
-    *(".fingerprint", ".lora.export"),
+    *(".fingerprint", ".lora.export", ".evaluation.rows"),
     *(".sampling.slots", ".sampling.buckets", ".sampling.prompt_buckets"),
 )
 # Read from files, which are identified by their content; and where weights lie.

@@ -42,6 +42,12 @@ def held_out(dataset: data.Dataset, n_problems: int) -> dict[str, tuple[Record, 
     return {task: records[:n_problems] for task, records in dataset.records.items()}
 
 
+def rows_at_once(c) -> int:
+    """Completions that an evaluation under this Config samples at one time."""
+    rows = c.batch.prompts * c.batch.rollouts
+    return min(rows, c.evaluation.rows or rows)
+
+
 def evaluate(
     sample: Callable,
     params,

@@ -42,6 +42,11 @@ def _unsampled(c) -> Iterator[str]:
             )
     elif s.slots is not None and s.slots >= rows:
         yield f"sampling.slots = {s.slots} has no effect: a step samples {rows} rows"
+    if (few := c.evaluation.rows) is not None and few >= rows:
+        yield (
+            f"evaluation.rows = {few} has no effect: evaluations sample no more at one time than a "
+            f"step's {rows} rows"
+        )
 
 
 def _futile(c, made) -> Iterator[str]:

@@ -31,7 +31,6 @@ from gopd_jax.planning import (
     least,
     phases,
     search,
-    space,
 )
 from gopd_jax.planning.chips import GIB, Topology
 from gopd_jax.planning.phases import PHASES, Compiled
@@ -101,30 +100,12 @@ def plan(
 
 
 def first_that_fits(this: Plan, *, say) -> tuple[str | None, list[str]]:
-    """(flags of the first single change under which all that failed fits, those that do not).
+    """(flags of the first change under which all that failed fits, those that do not)."""
 
-    Changes that make no sense with the mesh or the batch are left out, and those that cannot fit or
-    by a guess take no less.
-    """
-    names, tried = tuple(one.name for one in this.too_large), []
-    usable = this.topology.chip.usable
-    for told, config in changes.smaller(this.config, this.run.recipe.mesh, names):
-        try:
-            run = abstract.prepare(config, this.topology.devices)
-        except ValueError:
-            continue
-        if not (left := phases.kept(run, names)):  # nothing that did not fit is run any longer
-            return told, tried
-        if space.bound(run, left) > usable:
-            continue
-        if space.guess(run, left) > 0.995 * space.guess(this.run, left):
-            continue
-        say(f"trying {told}")
-        again = plan(config, this.topology, names=left, mfu=this.mfu, say=say)
-        if not again.too_large:
-            return told, tried
-        tried.append(told)
-    return None, tried
+    def compile(config: settings.Config, names: tuple[str, ...]) -> Plan:
+        return plan(config, this.topology, names=names, mfu=this.mfu, say=say)
+
+    return changes.first_that_fits(this, compile, say=say)
 
 
 # --- what is told
@@ -156,7 +137,9 @@ def report(this: Plan) -> str:
         lines.append(f"{one.name:<17} {''.join(shown)}{verdict}")
     if "evaluate" in (one.name for one in this.found):
         several = f", which needs most of {names}" if len(names := evaluated.names(run)) > 1 else ""
-        lines.append(f"evaluate samples from {evaluated.largest(run).name}{several}")
+        one = evaluated.largest(run)
+        few = f", {one.n_rows} rows at a time" if one.n_rows < rows else ""
+        lines.append(f"evaluate samples from {one.name}{several}{few}")
     if away := max((one.memory.host for one in this.found if one.memory is not None), default=0):
         lines.append(f"in host memory{away / GIB:12.3f} beside these, for each device")
     lines += ["", "FLOPs of all devices; bytes that one device receives (HLO, a cross-check)"]

@@ -119,12 +119,13 @@ def checked_mesh(c: settings.Config, *, devices=None, files: bool = True) -> jax
                 f"a microbatch of {rows} / {keys} = {rows} / {pieces} = {rows // pieces} rows does "
                 f"not divide over {sharding.told_shards(mesh)} = {shards}; choose fewer {keys}"
             )
-        if (slots := c.sampling.slots) is not None and slots % decoding:
-            over = sharding.told_shards(mesh, sharding.DECODE_ROWS)
-            problems.append(
-                f"sampling.slots = {slots} does not divide over {over} = {decoding}; "
-                f"choose a multiple of {decoding}"
-            )
+        over = sharding.told_shards(mesh, sharding.DECODE_ROWS)
+        held = {"sampling.slots": c.sampling.slots, "evaluation.rows": c.evaluation.rows}
+        problems += [
+            f"{key} = {n} does not divide over {over} = {decoding}; choose a multiple of {decoding}"
+            for key, n in held.items()
+            if n is not None and n % decoding
+        ]
     _refuse(problems)
     return mesh
 

@@ -13,7 +13,7 @@ from gopd_jax import config as settings
 from gopd_jax import workdir as workdirs
 from gopd_jax.advance import Stepper, abstract_state, prompts_of
 from gopd_jax.assembly import attention_told
-from gopd_jax.evaluate import evaluate
+from gopd_jax.evaluate import evaluate, rows_at_once
 from gopd_jax.method import teachers_of
 from gopd_jax.recipe import init_state
 from gopd_jax.reporting.watch import Watch
@@ -308,7 +308,7 @@ def _judge(this: Run, writer: metrics.Writer, progress: metrics.Progress):
             mesh=this.mesh,
             n_problems=c.evaluation.problems,
             n_samples=c.evaluation.samples,
-            n_rows=c.batch.prompts * c.batch.rollouts,
+            n_rows=rows_at_once(c),
             seed=EVALUATION_SEED,
             step=at,
             model=name,

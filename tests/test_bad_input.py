@@ -211,6 +211,10 @@ def test_rows_longer_than_the_models_context(root):
         ({"batch": {"microbatches": 3}}, r"8 rows do not divide into batch.microbatches = 3"),
         ({"batch": {"prompts": 7}}, r"batch.prompts = 7 is not divisible by the 2 tasks"),
         ({"sampling": {"slots": 12}}, r"slots = 12 does not divide .* = 8; choose a multiple of 8"),
+        (
+            {"evaluation": {"rows": 4}},
+            r"evaluation.rows = 4 does not divide .* choose a multiple of 8",
+        ),
         ({"mesh": {"fsdp": 3}}, r"mesh.fsdp \* mesh.tensor = 3 \* 1 does not divide the 8 devices"),
         ({"mesh": {"tensor": 8}}, r"student has 4 along 'heads', which mesh.tensor = 8"),
         ({"reference": None}, r"objective.lam is 1.25 and there is no reference.*or lam = 1"),

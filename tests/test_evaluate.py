@@ -116,6 +116,32 @@ def test_a_partial_last_batch_and_its_filling_change_nothing(world, n_rows):
     assert result == want
 
 
+def test_a_run_samples_the_same_completions_at_fewer_rows_at_a_time(tmp_path, monkeypatch):
+    tiny.build(tmp_path)
+    found = []
+
+    def evaluated(sample, params, *args, n_rows, **options):
+        result = evaluate.evaluate(sample, params, *args, n_rows=n_rows, **options)
+        found.append((n_rows, result.samples, [row["length"] for row in result.rows]))
+        if len(found) == 3:  # two teachers' and the student's
+            raise InterruptedError
+        return result
+
+    monkeypatch.setattr(train, "evaluate", evaluated)
+    told = []
+    for name, rows in (("few", 8), ("whole", None)):
+        evaluation = {"problems": 3, "samples": 2, "rows": rows}
+        c = tiny.config(tmp_path, batch={"prompts": 16}, evaluation=evaluation)
+        c.workdir = str(tmp_path / name)
+        with pytest.raises(InterruptedError):
+            train.run(c)
+        told.append([*found])
+        found.clear()
+    few, whole = told
+    assert [n_rows for n_rows, *_ in (*few, *whole)] == [8] * 3 + [16] * 3
+    assert [rest for _, *rest in few] == [rest for _, *rest in whole]
+
+
 def test_one_problem_has_no_standard_error(world):
     result, _, _ = measured(world, n_rows=2, n_problems=1)
     assert np.isnan(result.rows[0]["stderr"])

@@ -32,9 +32,9 @@ LAYERS = (
     ("setup",),
     ("probe", "preflight", "results", "advance", "planning.abstract"),
     ("planning.streamed", "planning.reads", "planning.evaluated"),
-    ("planning.phases", "planning.least", "planning.changes"),
+    ("planning.phases", "planning.least"),
     ("train", "planning.space"),
-    ("planning.search",),
+    ("planning.search", "planning.changes"),
     (
         *("main", "score", "generate", "command", "expo", "export", "plan"),
         *(

@@ -344,6 +344,7 @@ NOTED = [
         for mass in ("raw", "renormalised")
     ),
     ({"sampling.slots": 4096}, "sampling.slots = 4096 has no effect: a step samples 256 rows"),
+    ({"evaluation.rows": 256}, "evaluation.rows = 256 has no effect: .* than a step's 256 rows"),
     (
         {"objective.advantage": "grpo", "batch.rollouts": 8, "diagnostics.every": 5},
         "diagnostics.every = 5 has no effect: they compare with a teacher",

@@ -16,7 +16,7 @@ from gopd_jax.models import params as lm_params
 from gopd_jax.planning import abstract, changes, evaluated, least, phases, reads, space
 
 LARGE = dataclasses.replace(tiny.CFG, num_hidden_layers=4, hidden_size=128, head_dim=16)
-WITHOUT = "--config.evaluation.teachers=False"
+WITHOUT, ROWS = "--config.evaluation.teachers=False", "--config.evaluation.rows="
 NARROW = {"sampling": {"cache_dtype": "int8"}, "objective": {"importance": "token"}}
 
 
@@ -49,7 +49,7 @@ def limited(this, usable):
     return dataclasses.replace(this, topology=dataclasses.replace(CPU8, chip=chip))
 
 
-def test_a_teacher_whose_sampling_does_not_fit_is_told_and_leaving_it_out_does(this, monkeypatch):
+def test_a_teacher_whose_sampling_does_not_fit_is_told_and_fewer_rows_at_a_time_do(this):
     fused, evaluate = this.found
     assert fused.memory.peak < evaluate.memory.peak
     there = limited(this, evaluate.memory.peak - 1)
@@ -58,17 +58,45 @@ def test_a_teacher_whose_sampling_does_not_fit_is_told_and_leaving_it_out_does(t
     assert "evaluate samples from teacher:code, which needs most of ['teacher:math', " in text
     row = next(line for line in text.splitlines() if line.startswith("evaluate  "))
     assert row.endswith("  does not fit")
-    monkeypatch.setattr(plan, "plan", None)  # nothing is left that would have to be compiled
-    assert plan.first_that_fits(there, say=print) == (WITHOUT, [])
-    monkeypatch.undo()
-    _, config = next(changes.smaller(there.config, there.run.recipe.mesh, ("evaluate",)))
-    run = abstract.prepare(config, there.topology.devices)  # the same step
-    without = dataclasses.replace(there, config=config, run=run, found=(fused,))
-    assert plan.verdict_of(without) == "fits: fused on cpu:8"
+    assert plan.first_that_fits(there, say=print) == (f"{ROWS}32", [])
     unseen = dataclasses.replace(there, found=(fused,))
     assert plan.verdict_of(unseen).endswith("; training runs ['evaluate'], which --phase left out")
     fits = limited(this, evaluate.memory.peak)
     assert plan.verdict_of(fits) == "fits: fused, evaluate on cpu:8"
+
+
+def test_rows_down_to_one_a_device_are_tried_then_no_teachers(this, monkeypatch):
+    there, asked = limited(this, this.found[1].memory.peak - 1), []
+
+    def planned(config, topology, *, names, mfu, say):
+        asked.append((config.evaluation.rows, config.evaluation.teachers, names))
+        return there
+
+    monkeypatch.setattr(plan, "plan", planned)
+    # Without teachers nothing is left that would have to be compiled.
+    assert plan.first_that_fits(there, say=print) == (WITHOUT, [f"{ROWS}{n}" for n in (32, 16, 8)])
+    assert asked == [(n, True, ("evaluate",)) for n in (32, 16, 8)]
+    (*_, (told, config)) = changes.smaller_evaluation(there.config, there.run.recipe.mesh)
+    assert told == WITHOUT
+    run = abstract.prepare(config, there.topology.devices)  # the same step
+    without = dataclasses.replace(there, config=config, run=run, found=this.found[:1])
+    assert plan.verdict_of(without) == "fits: fused on cpu:8"
+
+
+def test_fewer_rows_of_an_evaluation_are_what_it_takes(root):
+    mesh = Mesh(data=2, fsdp=2, tensor=2)
+    few = abstract.prepare(large(root, mesh=mesh, evaluation={"rows": 16}), jax.devices())
+    whole = abstract.prepare(large(root, mesh=mesh), jax.devices())
+    one, of_all = evaluated.largest(few), evaluated.largest(whole)
+    assert one.cache == of_all.cache // 4
+    assert evaluated.prompts(few, one).tokens_BP.shape == (16, 48)
+    assert evaluated.prompts(few, one).row_B.shape == (16,)
+    sent = [
+        least.sent(run, "evaluate") - reads.weights_read(run.recipe.mesh, one.decoder)
+        for run in (few, whole)
+    ]
+    assert sent[0] == sent[1] / 4
+    assert told(few.prompts) == told(whole.prompts)  # the step's
 
 
 def test_evaluation_is_beside_the_state_and_all_models_and_no_part_of_a_steps_seconds(this):
@@ -157,35 +185,31 @@ def test_students_that_sample_in_8_bits_are_evaluated_from_their_own_numbers(roo
     assert "i8[" in str(generate.traced.jaxpr)
 
 
-def test_where_the_step_needs_a_change_too_it_is_tried_without_the_teachers(this):
-    config, mesh = this.config, this.run.recipe.mesh
-    alone = [told for told, _ in changes.smaller(config, mesh)]
-    first, *others = changes.smaller(config, mesh, ("evaluate",))
-    assert first[0] == WITHOUT
-    assert [told for told, _ in others] == alone
-    both = [*changes.smaller(config, mesh, ("fused", "evaluate"))]
-    assert all(told.count(WITHOUT) == 1 for told, _ in both)
-    assert not any(changed.evaluation.teachers for _, changed in both)
-    assert len(both) == len(alone)
-    assert [told for told, _ in changes.smaller(config, mesh, ("fused",))] == alone
-
-
-def test_both_that_fail_are_cured_by_a_change_of_the_step_without_the_teachers(this, monkeypatch):
+def test_both_that_fail_are_cured_by_a_change_of_the_step_and_one_beside_it(this, monkeypatch):
     there, asked = limited(this, this.found[0].memory.peak - 1), []
     assert [one.name for one in there.too_large] == ["fused", "evaluate"]
 
     def planned(config, topology, *, names, mfu, say):
-        asked.append(names)
-        return limited(this, 2**40 if config.batch.prompts == 16 else 1)
+        asked.append((names, config.evaluation.rows))
+        step = names == ("fused",) and config.batch.prompts == 16
+        fits = step or (names == ("evaluate",) and config.evaluation.rows == enough)
+        return limited(this, 2**40 if fits else 1)
 
     monkeypatch.setattr(plan, "plan", planned)
     monkeypatch.setattr(space, "bound", lambda run, names: 0)
+    of_step, enough = "--config.batch.prompts=16 --config.batch.microbatches=2", 8
     found, tried = plan.first_that_fits(there, say=print)
-    assert found == f"--config.batch.prompts=16 --config.batch.microbatches=2 {WITHOUT}"
-    assert asked == [("fused",)] * (len(tried) + 1)
+    assert found == f"{of_step} {ROWS}8"
+    assert tried[-1] == of_step  # the change of the step may be enough
+    assert asked[-2:] == [(("evaluate",), None), (("evaluate",), 8)]
+    assert asked[:-2] == [(("fused",), None)] * len(tried)
     step = dataclasses.replace(there, found=there.found[:1])
-    _, alone = plan.first_that_fits(step, say=print)  # of what cannot help the step none is tried
-    assert tried == [t if t.endswith(WITHOUT) else f"{t} {WITHOUT}" for t in alone]
+    assert plan.first_that_fits(step, say=print) == (of_step, tried[:-1])
+    enough = None
+    assert plan.first_that_fits(there, say=print) == (of_step, tried[:-1])
+    enough = 0
+    found, _ = plan.first_that_fits(there, say=print)
+    assert found == f"{of_step} {WITHOUT}"
 
 
 def test_slots_hold_fewer_rows_of_an_evaluation_too(root):

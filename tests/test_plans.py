@@ -13,7 +13,7 @@ from benchmarks.plans import CELLS, Cell
 from benchmarks.plans_record import Record
 from configs import qwen3
 from gopd_jax import config
-from gopd_jax.planning.phases import PHASES, STEP
+from gopd_jax.planning.phases import PHASES
 
 CELL = Cell("8b", "v6e:16x16")
 
@@ -166,16 +166,14 @@ def test_the_document_has_every_cell_and_the_stages_seconds(tmp_path):
     assert "- this and that" in text
 
 
-def test_evaluating_a_teacher_is_asked_of_presets_too_that_leave_it_out(tmp_path):
-    teachers = "--config.evaluation.teachers=True"
-    assert teachers in plans.asked(CELL, "evaluate")
-    assert not any(teachers in plans.asked(CELL, what) for what in (*STEP, "change"))
-    assert qwen3.get_config("1.7b").evaluation.teachers
-    assert not qwen3.get_config("8b").evaluation.teachers
-    made = plan_of("evaluate")
-    made["config"]["evaluation"]["teachers"] = True
+def test_settings_of_evaluation_count_for_its_answers_alone(tmp_path):
     record = Record(tmp_path / "plans.jsonl")
-    record.add(line("evaluate", written=made))
+    for name in ("fused", "evaluate"):
+        other = plan_of(name)
+        other["config"]["evaluation"]["rows"] = 1024
+        record.add(line(name, written=other))
+    assert [*plans.wanted(CELL, record, ("fused", "evaluate"))] == ["evaluate"]
+    record.add(line("evaluate", written=plan_of("evaluate")))
     assert record.answered(CELL, "evaluate")
 
 

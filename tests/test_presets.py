@@ -154,8 +154,7 @@ def test_qwen3_of_a_published_size_differs_in_its_models_alone_and_needs_data(wo
         for c in (config, default)
     )
     differ = {key for key in values if values[key] != same[key]}
-    too_large = {"evaluation.teachers"} if word == "8b" else set()
-    assert differ == {"workdir", "student.path", "reference.path"} | too_large
+    assert differ == {"workdir", "student.path", "reference.path"}
 
 
 @pytest.mark.parametrize(("name", "word"), EVERY)

@@ -97,6 +97,7 @@ WRONG = {
     "batch.head_chunk": [(-8, "head_chunk is -8; it has to be positive")],
     "mesh.data": [(0, "mesh.data is 0; it has to be positive")],
     "mesh.fsdp": [(None, "mesh.fsdp is None, a NoneType; it takes int")],
+    "evaluation.rows": [(0, "rows is 0")],
     "evaluation.every": [(0, "every is 0"), ("none", r"'none', a str; it takes int \| None")],
     "profile": [
         ("10", "profile is '10' and steps is 80; it takes 'FIRST:END'"),

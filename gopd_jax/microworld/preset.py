@@ -47,6 +47,6 @@ def tiny(c: Config) -> Config:
     c.steps = 2
     c.batch.prompts, c.batch.microbatches = 8, 1
     c.batch.rollouts = min(c.batch.rollouts, 2)
-    c.evaluation.problems, c.evaluation.samples = 4, 1
+    c.evaluation.problems, c.evaluation.samples, c.evaluation.rows = 4, 1, None
     c.diagnostics.every = None
     return c

@@ -1,12 +1,15 @@
-"""Single settings that would change a plan: those that take less memory, those that read less."""
+"""Single settings that would change a plan: those that take less memory, and the first under which
+it fits; those that read less."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 
 from gopd_jax import config as settings
 from gopd_jax import problems, sharding
-from gopd_jax.planning import abstract, phases, streamed
+from gopd_jax.evaluate import rows_at_once
+from gopd_jax.planning import abstract, phases, space, streamed
 from gopd_jax.planning.chips import Topology
 from gopd_jax.planning.phases import Compiled
 
@@ -15,22 +18,23 @@ NARROWER = {"buckets": 8, "cache_dtype": "int8", "weights_dtype": "int8"}
 WORTH = 0.05  # of the step's seconds: less is not told
 
 
-def smaller(
-    c: settings.Config, mesh, names: tuple[str, ...] = ()
-) -> Iterator[tuple[str, settings.Config]]:
-    """(as flags, the config) of single changes that take less memory, the mildest first.
+Change = tuple[str, settings.Config]  # as flags, and the config that they make
 
-    names: phases that do not fit. Where one is the evaluation, teachers are left out of it: first
-    alone, which changes nothing of the step; beside each other change where the step needs one.
+
+def smaller(c: settings.Config, mesh) -> Iterator[Change]:
+    """Single changes of the step that take less memory, the mildest first."""
+    return (changed(c, values) for values in _smaller(c, mesh))
+
+
+def smaller_evaluation(c: settings.Config, mesh) -> Iterator[Change]:
+    """Those that leave the step as it is: fewer rows of an evaluation at one time, down to one a
+    shard, of which nothing but its seconds changes; then no teachers in it.
     """
-    fewer = {}
-    if "evaluate" in names and c.evaluation.teachers:
-        fewer = {"evaluation.teachers": False}
-        if names == ("evaluate",):
-            yield changed(c, fewer)
-            fewer = {}
-    for values in _smaller(c, mesh):
-        yield changed(c, values | fewer)
+    rows, shards = rows_at_once(c), sharding.n_decode_shards(mesh)
+    while rows % 2 == 0 and (rows := rows // 2) % shards == 0:
+        yield changed(c, {"evaluation.rows": rows})
+    if c.evaluation.teachers:
+        yield changed(c, {"evaluation.teachers": False})
 
 
 def _smaller(c: settings.Config, mesh) -> Iterator[dict]:
@@ -64,9 +68,53 @@ def _smaller(c: settings.Config, mesh) -> Iterator[dict]:
             yield {"sampling.completion_length": length // factor}
 
 
-def changed(c: settings.Config, values: dict) -> tuple[str, settings.Config]:
+def changed(c: settings.Config, values: dict) -> Change:
     told = " ".join(f"--config.{key}={value}" for key, value in values.items())
     return told, problems.changed(c, values)
+
+
+def first_that_fits(this, compile: Callable, *, say) -> tuple[str | None, list[str]]:
+    """(flags of the first single change under which all that failed fits, those that do not).
+
+    this: a Plan, and compile: (config, names of phases) -> that of another config. Where a step and
+    its evaluation fail, the first for the step and, if it needs one still, another for the
+    evaluation beside it. Changes that make no sense with the mesh or the batch are left out, and
+    those that cannot fit or by a guess take no less.
+    """
+    names, tried = tuple(one.name for one in this.too_large), []
+    step, mesh = tuple(name for name in names if name != "evaluate"), this.run.recipe.mesh
+    candidates = smaller(this.config, mesh)
+    if not step:
+        candidates = itertools.chain(smaller_evaluation(this.config, mesh), candidates)
+    found = _first(this, step or names, candidates, compile, tried, say)
+    if found is not None and step and step != names:
+        told, config = found
+        mesh = abstract.prepare(config, this.topology.devices).recipe.mesh
+        more = smaller_evaluation(config, mesh)
+        beside = [found, *((f"{told} {flag}", then) for flag, then in more)]
+        found = _first(this, ("evaluate",), beside, compile, tried, say)
+    return found and found[0], tried
+
+
+def _first(this, names, candidates: Iterable[Change], compile, tried: list[str], say):
+    """The first Change under which these phases fit, or None; `tried` gets those that do not."""
+    usable = this.topology.chip.usable
+    for told, config in candidates:
+        try:
+            run = abstract.prepare(config, this.topology.devices)
+        except ValueError:
+            continue
+        if not (left := phases.kept(run, names)):  # nothing that did not fit is run any longer
+            return told, config
+        if space.bound(run, left) > usable:
+            continue
+        if space.guess(run, left) > 0.995 * space.guess(this.run, left):
+            continue
+        say(f"trying {told}")
+        if not compile(config, left).too_large:
+            return told, config
+        tried.append(told)
+    return None
 
 
 def faster(

@@ -1,7 +1,7 @@
 """What an evaluation samples from that no step does: models, their prompts, what they take.
 
-Evaluation takes all rows of a batch at once, beside the state and all that is loaded, with the
-model's own numbers: no 8 bits, which nothing corrects there.
+Evaluation takes `evaluation.rows` at one time, or as many as a step has, beside the state and all
+that is loaded, with the model's own numbers: no 8 bits, which nothing corrects there.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import dataclasses
 import jax
 
 from gopd_jax import method
+from gopd_jax.evaluate import rows_at_once
 from gopd_jax.models.decoder import Decoder
 from gopd_jax.planning import abstract, reads, streamed
 from gopd_jax.types import Prompts
@@ -18,7 +19,8 @@ from gopd_jax.types import Prompts
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampled:
-    """A model that is evaluated. n_prompt: tokens of a prompt as it reads it; at_once: rows.
+    """A model that is evaluated. n_prompt: tokens of a prompt as it reads it; n_rows: of a batch,
+    and at_once: of those, how many are decoded at one time.
 
     cache, copied: bytes of a device, of keys and values, and of the weights as decoding has them,
     with those that come in from the host before.
@@ -27,6 +29,7 @@ class Sampled:
     name: str
     decoder: Decoder
     n_prompt: int
+    n_rows: int
     at_once: int
     cache: int
     copied: int
@@ -58,14 +61,15 @@ def largest(run: abstract.Run) -> Sampled | None:
 
 def _sampled(run: abstract.Run, name: str) -> Sampled:
     made, role, n_prompt = run.recipe, run.roles[name], _n_prompt(run, name)
-    rows = sum(made.group_rows)
-    at_once = min(rows, made.slots or rows)
+    n_rows = rows_at_once(run.config)
+    at_once = min(n_rows, made.slots or n_rows)
     length = n_prompt + made.completion_length
     brought = streamed.there(role.params)
     return Sampled(
         name=name,
         decoder=role.decoder,
         n_prompt=n_prompt,
+        n_rows=n_rows,
         at_once=at_once,
         cache=reads.cache_bytes(made.mesh, role.decoder, at_once, length),
         copied=reads.weights_read(made.mesh, role.decoder) + brought,
@@ -81,14 +85,13 @@ def prompts(run: abstract.Run, one: Sampled) -> Prompts:
     """A batch as `data.of_records` makes it: of this model's own prompts, and nothing else."""
     whole = run.prompts
 
-    def widened(x):
-        shape = x.shape[0], one.n_prompt
+    def like(x, *shape):
         return jax.ShapeDtypeStruct(shape, x.dtype, sharding=x.sharding)
 
     return Prompts(
-        tokens_BP=widened(whole.tokens_BP),
-        valid_BP=widened(whole.valid_BP),
-        task_B=whole.task_B,
-        group_B=whole.group_B,
-        row_B=whole.row_B,
+        tokens_BP=like(whole.tokens_BP, one.n_rows, one.n_prompt),
+        valid_BP=like(whole.valid_BP, one.n_rows, one.n_prompt),
+        task_B=like(whole.task_B, one.n_rows),
+        group_B=like(whole.group_B, one.n_rows),
+        row_B=like(whole.row_B, one.n_rows),
     )

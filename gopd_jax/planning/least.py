@@ -144,7 +144,7 @@ def _evaluate(run: abstract.Run) -> float:
     if (one := evaluated.largest(run)) is None:
         return 0
     made, length = run.recipe, one.n_prompt + run.recipe.completion_length
-    tokens = sum(made.group_rows) * (length - 1)
+    tokens = one.n_rows * (length - 1)
     return _gathered(made.mesh, one.decoder) + _sums(made.mesh, one.decoder, tokens)
 
 

@@ -177,7 +177,7 @@ def report(this: Search, topology: Topology) -> str:
 
 CURES = (
     "a larger slice, a smaller --config.batch.prompts or --config.sampling.completion_length, "
-    "--config.evaluation.teachers=False where evaluate is what does not fit, or "
+    "--config.evaluation.rows=N where evaluate is what does not fit (or teachers=False), or "
     "--config.teachers.NAME.placement=host, or host_layers"
 )
 
