@@ -119,13 +119,18 @@ def test_evaluation_is_beside_the_state_and_all_models_and_no_part_of_a_steps_se
     assert values["memory"]["peak"] == one.memory.peak
 
 
-def test_the_evaluations_prompts_are_the_real_ones(root):
-    longer = Model(path=str(root / "large"), prompt_length=60)
-    config = tiny.config(root, teachers={"math": longer, "code": longer})
+@pytest.mark.parametrize("longer", ["math", "code"])  # all teachers' rows have the longest's width
+def test_the_evaluations_prompts_are_the_real_ones(root, longer):
+    teachers = {
+        "math": Model(path=str(root / "teacher_math")),
+        "code": Model(path=str(root / "large")),
+    }
+    teachers[longer].prompt_length = 60
+    config = tiny.config(root, teachers=teachers)
     real, run = setup.prepare(config), abstract.prepare(config, jax.devices())
-    role, records = real.roles["teacher:math"], real.test.records["math"]
-    prompts = data.of_records(([*records] * 8)[:8], role.reader).replace(records=())
     one = evaluated.largest(run)
+    role, records = real.roles["teacher:code"], real.test.records["math"]
+    prompts = data.of_records(([*records] * 8)[:8], role.reader).replace(records=())
     assert told(evaluated.prompts(run, one)) == told(processes.to_global(real.mesh, prompts))
     assert one.n_prompt == 60
     assert one.decoder == role.decoder

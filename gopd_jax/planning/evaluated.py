@@ -19,8 +19,8 @@ from gopd_jax.types import Prompts
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampled:
-    """A model that is evaluated. n_prompt: tokens of a prompt as it reads it; n_rows: of a batch,
-    and at_once: of those, how many are decoded at one time.
+    """A model that is evaluated. n_prompt: width of its prompts; n_rows: of a batch, and at_once: of
+    those, how many are decoded at one time.
 
     cache, copied: bytes of a device, of keys and values, and of the weights as decoding has them,
     with those that come in from the host before.
@@ -77,8 +77,10 @@ def _sampled(run: abstract.Run, name: str) -> Sampled:
 
 
 def _n_prompt(run: abstract.Run, name: str) -> int:
-    model = method.roles(run.config)[name.replace("teacher:", "teachers.")]
-    return model.prompt_length or run.config.data.prompt_length
+    """Tokens of a prompt. All teachers' are padded to the longest of theirs, as `setup` has it."""
+    kind, c = name.partition(":")[0], run.config
+    alike = [model for role, model in method.roles(c).items() if role.startswith(kind)]
+    return max(model.prompt_length or c.data.prompt_length for model in alike)
 
 
 def prompts(run: abstract.Run, one: Sampled) -> Prompts:
