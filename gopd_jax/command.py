@@ -193,7 +193,13 @@ class Output:
                 f"{self.path} exists without {self._beside.name}, so what made it is not known; "
                 "give another --out, or remove it to begin anew"
             )
-        saved = json.loads(self._beside.read_text())
+        try:
+            saved = {**json.loads(self._beside.read_text())}
+        except (ValueError, TypeError) as error:  # a full disk leaves it empty, say
+            raise ValueError(
+                f"{self._beside} is damaged ({error}), so what made {self.path} is not known; "
+                f"{cure}"
+            ) from error
         if self._identity.get("append_eos") != "True":  # the end that is appended was another
             saved = {key: self._identity[key] for key in UNRECORDED} | saved
         if found := differences(saved, self._identity):

@@ -139,6 +139,9 @@ def test_a_file_of_another_run_is_refused_and_left_as_it_is(root, model, data, t
     before = b"notes of mine\n"
     out.write_bytes(before)
     refused(r"out.jsonl:1 is not row")
+    for damaged in ("", json.dumps(saved)[:-1], "[]"):
+        beside.write_text(damaged)
+        refused(r"out.jsonl.identity.json is damaged \(.*\), so what made .*out.jsonl is not known")
     beside.unlink()
     refused(r"exists without out.jsonl.identity.json")
 
