@@ -92,6 +92,8 @@ def changed(config, values: dict[str, object]):
     made = copy.deepcopy(config)
     for key, value in values.items():
         *sections, name = key.split(".")
+        if sections[1:] and sections[0] == "teachers":  # whose names may have dots
+            sections = ["teachers", ".".join(sections[1:])]
         at = made
         for section in sections:
             at = at[section] if isinstance(at, dict) else getattr(at, section)

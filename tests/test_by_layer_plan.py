@@ -142,6 +142,21 @@ def test_the_host_is_tried_before_fewer_rows_and_layers_after_whole_models(root)
     assert not any("placement" in told for told, _ in changes.smaller(changed, mesh))
 
 
+def test_a_teacher_with_a_dot_in_its_name_is_moved_by_the_preset_which_no_flag_does(root):
+    teachers = {name: Model(path=str(root / "teacher_code")) for name in ("qwen2.5-math", "code")}
+    options = {"teachers": teachers, "routes": {"math": "qwen2.5-math"}}
+    config = tiny.config(root, reference=None, objective={"lam": 1.0}, **options)
+    assert config.problems() == []
+    found = changes.smaller(config, planned(root, "device").recipe.mesh)
+    told, moved = next((told, one) for told, one in found if "placement" in told)
+    assert told == (
+        "c.teachers['qwen2.5-math'].placement = 'host' in the preset, "
+        "--config.teachers.code.placement=host"
+    )
+    assert {model.placement for model in moved.teachers.values()} == {"host"}
+    assert moved.problems() == []
+
+
 def test_a_plan_lists_what_is_in_host_memory(root):
     run = planned(root, "host_layers")
     topology = Topology(name="cpu:1", devices=tuple(jax.devices()[:1]), chip=None)

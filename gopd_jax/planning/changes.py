@@ -4,6 +4,7 @@ it fits; those that read less."""
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Iterable, Iterator
 
 from gopd_jax import config as settings
@@ -69,8 +70,13 @@ def _smaller(c: settings.Config, mesh) -> Iterator[dict]:
 
 
 def changed(c: settings.Config, values: dict) -> Change:
-    told = " ".join(f"--config.{key}={value}" for key, value in values.items())
-    return told, problems.changed(c, values)
+    """(as flags, the config). What no flag can name, a teacher with a dot, as a preset has it."""
+    told = []
+    for key, value in values.items():
+        teacher = re.fullmatch(r"teachers\.(.*\..*)\.(\w+)", key)
+        preset = teacher and f"c.teachers[{teacher[1]!r}].{teacher[2]} = {value!r} in the preset,"
+        told.append(preset or f"--config.{key}={value}")
+    return " ".join(told).removesuffix(","), problems.changed(c, values)
 
 
 def first_that_fits(this, compile: Callable, *, say) -> tuple[str | None, list[str]]:
