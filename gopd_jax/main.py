@@ -121,7 +121,8 @@ def _check_preset(argv) -> None:
     """Refuse a command line whose preset is not there, or comes after what changes it."""
     settings = [i for i, argument in enumerate(argv) if re.match(r"--?(no)?config\.", argument)]
     given = [i for i, argument in enumerate(argv) if re.match(r"--?config(=|$)", argument)]
-    if not given and not any(re.match("--?help", argument) for argument in argv):
+    elsewhere = any(re.match("--?(help|flagfile)", argument) for argument in argv)
+    if not given and not elsewhere:
         refuse("no preset is given; begin with --config=configs/exopd.py, say")
     if given and settings and settings[0] < given[0]:
         refuse(f"put --config=..., the preset, before {argv[settings[0]]}, which changes it")

@@ -325,6 +325,13 @@ def test_a_preset_may_follow_its_flag_after_a_space(parse):
     assert main.CONFIG.value.seed == 3
 
 
+def test_a_preset_may_be_named_in_a_file_of_flags(parse, tmp_path):
+    preset = tiny.REPOSITORY / "configs" / "exopd.py:tiny"
+    (tmp_path / "flags").write_text(f"--config={preset}\n--config.seed=4\n")
+    parse(f"--flagfile={tmp_path / 'flags'}")
+    assert main.CONFIG.value.seed == 4
+
+
 @pytest.mark.parametrize(
     "error",
     [checkpoint.NotSaved("not written\nthe cure"), OSError(errno.ENOSPC, "No space left", "rows")],
