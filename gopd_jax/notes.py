@@ -21,8 +21,14 @@ def _unseen(c, made) -> Iterator[str]:
         )
     looks = {"diagnostics.every": c.diagnostics.every if made.teacher else None}
     # The default is nobody's wish.
-    if c.evaluation.verify_every != type(c.evaluation)().verify_every:
-        looks["evaluation.verify_every"] = c.evaluation.verify_every
+    every, default = c.evaluation.verify_every, type(c.evaluation)().verify_every
+    if every != default and made.reward:
+        yield (
+            f"evaluation.verify_every = {every} has no effect: the objective is of the verifier's "
+            "reward, and every step has verdicts"
+        )
+    elif every != default:
+        looks["evaluation.verify_every"] = every
     for key in (key for key, every in looks.items() if every and c.objective.source != "student"):
         yield (
             f"{key} = {looks[key]} has no effect: it looks at completions that the student writes, "

@@ -329,6 +329,14 @@ NOTED = [
         for key in ("diagnostics.every", "evaluation.verify_every")
     ),
     *(
+        (
+            reward | {"batch.rollouts": 8, "evaluation.verify_every": every},
+            f"verify_every = {every} has no effect: .* reward, and every step has verdicts",
+        )
+        for reward in ({"objective.advantage": "grpo"}, {"objective.task": "grpo"})
+        for every in (1, None)
+    ),
+    *(
         (DATA | {f"sampling.{key}": 4}, f"sampling.{key} = 4 has no effect in a step, .* evaluat")
         for key in ("slots", "buckets", "prompt_buckets")
     ),
