@@ -46,6 +46,11 @@ def _unsampled(c) -> Iterator[str]:
                 f"sampling.{key} = {getattr(s, key)} has no effect in a step, which samples "
                 "nothing: objective.source is 'data', and evaluations alone decode so"
             )
+        if (n := c.batch.rollouts) > 1:
+            yield (
+                f"batch.rollouts = {n} has each completion of the data {n} times in a batch, which "
+                "learns no more from them; use rollouts = 1 and more batch.prompts"
+            )
     elif s.slots is not None and s.slots >= rows:
         yield f"sampling.slots = {s.slots} has no effect: a step samples {rows} rows"
     if (few := c.evaluation.rows) is not None and few >= rows:

@@ -340,6 +340,7 @@ NOTED = [
         (DATA | {f"sampling.{key}": 4}, f"sampling.{key} = 4 has no effect in a step, .* evaluat")
         for key in ("slots", "buckets", "prompt_buckets")
     ),
+    (DATA | {"batch.rollouts": 4}, "rollouts = 4 has each completion of the data 4 times .* = 1"),
     *(
         (
             {"objective.credit": "gae", "critic": Critic(closed_form=False), key: value},
