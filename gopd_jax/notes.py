@@ -1,5 +1,6 @@
 """Choices of a Config that change nothing, or that nothing makes right, under its objective."""
 
+import collections
 from collections.abc import Iterator
 
 from gopd_jax.objectives import checks, objective
@@ -53,6 +54,14 @@ def _unsampled(c) -> Iterator[str]:
             )
     elif s.slots is not None and s.slots >= rows:
         yield f"sampling.slots = {s.slots} has no effect: a step samples {rows} rows"
+    elif c.objective.source == "teacher" and s.slots is not None:
+        writers = collections.Counter(c.routes.get(t, t).split("=")[0] for t in c.data.tasks)
+        most = max(writers.values()) * rows // len(c.data.tasks)
+        if s.slots >= most:
+            yield (
+                f"sampling.slots = {s.slots} has no effect in a step, in which a teacher writes "
+                f"{most} rows at most; evaluations alone decode so"
+            )
     if (few := c.evaluation.rows) is not None and few >= rows:
         yield (
             f"evaluation.rows = {few} has no effect: evaluations sample no more at one time than a "

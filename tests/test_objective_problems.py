@@ -355,6 +355,10 @@ NOTED = [
     ({"sampling.slots": 4096}, "sampling.slots = 4096 has no effect: a step samples 256 rows"),
     ({"evaluation.rows": 256}, "evaluation.rows = 256 has no effect: .* than a step's 256 rows"),
     (
+        DATA | {"objective.source": "teacher", "sampling.slots": 128},
+        "slots = 128 has no effect in a step, in which a teacher writes 128 rows at most; evaluat",
+    ),
+    (
         {"objective.advantage": "grpo", "batch.rollouts": 8, "diagnostics.every": 5},
         "diagnostics.every = 5 has no effect: they compare with a teacher",
     ),
@@ -382,6 +386,18 @@ def test_a_choice_without_effect_is_noted(changes, words):
     said = [text for text in method.unused(config(changes)) if "not loaded" not in text]
     only(said, words)
     assert [*method.find(config(changes))] == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sampling.slots": 64},
+        {"sampling.slots": 128, "routes": {"math": "code"}},  # one teacher writes all
+    ],
+)
+def test_slots_that_a_teacher_fills_again_are_not_noted(changes):
+    made = config(DATA | {"objective.source": "teacher"} | changes)
+    assert not [text for text in method.unused(made) if "slots" in text]
 
 
 # test_problems.py has the words of these.
