@@ -86,13 +86,16 @@ def _futile(c, made) -> Iterator[str]:
         )
     if o.estimator == "stop_gradient" and made.divergence is objective.DIVERGENCES["reverse_kl"]:
         yield "objective.estimator = 'stop_gradient' has no effect: reverse KL's correction is 0"
+    by_row = o.lam_by_row or o.task_lam
     scheduled = made.drawn and made.lam_schedule is not objective.SCHEDULES["constant"]
-    still = o.lam == 1 and not (o.lam_by_row or o.task_lam)
-    if scheduled and still and made.lam_schedule(0, 1.0) == 1:
+    if scheduled and not by_row and made.lam_schedule(0, o.lam) == o.lam:
+        cure = "the reference is scored for it; raise lam" if o.lam == 1 else "stays there; move it"
         yield (
-            f"objective.lam_schedule = {o.lam_schedule!r} goes from 1 to objective.lam = 1, and "
-            "the reference is scored for it; raise lam, or leave the schedule out"
+            f"objective.lam_schedule = {o.lam_schedule!r} goes from {o.lam:g} to objective.lam = "
+            f"{o.lam:g}, and {cure}, or leave the schedule out"
         )
+    if made.drawn and o.lam != 1 and set(c.data.tasks) <= o.task_lam.keys():
+        yield f"objective.lam = {o.lam} has no effect: objective.task_lam has one of each task"
     if made.loss is objective.LOSSES["k1"]:
         yield (
             "objective.loss = 'k1' is KL's value as a sample, whose gradient is zero on average; "

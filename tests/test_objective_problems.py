@@ -367,6 +367,16 @@ NOTED = [
         {"objective.lam_schedule": "linear(steps=9)", "reference": Model()},
         "goes from 1 to objective.lam = 1, and the",
     ),
+    (
+        {"objective.lam_schedule": "linear(steps=9, start=1.25)", "reference": Model()}
+        | {"objective.lam": 1.25},
+        "goes from 1.25 to objective.lam = 1.25, and stays there; move it, or leave",
+    ),
+    (
+        {"objective.lam": 1.25, "objective.task_lam": {"math": 1.5, "code": 1.0}}
+        | {"reference": Model()},
+        "objective.lam = 1.25 has no effect: objective.task_lam has one of each task",
+    ),
     ({"objective.loss": "k1"}, "'k1' is KL's value .* gradient is zero on average; to descend"),
     ({"batch.epochs": 4}, r"updates \* batch.epochs = 4, and .* 'ppo' corrects them"),
     ({"objective.mixture": "log"}, "mixture = 'log' has no effect: no task has several teachers"),
@@ -386,6 +396,18 @@ def test_a_choice_without_effect_is_noted(changes, words):
     said = [text for text in method.unused(config(changes)) if "not loaded" not in text]
     only(said, words)
     assert [*method.find(config(changes))] == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"objective.lam_schedule": "linear(steps=9, start=0.5)", "objective.lam": 1.25},
+        {"objective.lam_schedule": "linear(steps=9)", "objective.task_lam": {"math": 1.5}},
+        {"objective.lam": 1.25, "objective.task_lam": {"math": 1.5}},
+    ],
+)
+def test_a_lambda_that_moves_or_is_a_tasks_is_not_noted(changes):
+    assert [*method.unused(config(changes | {"reference": Model()}))] == []
 
 
 @pytest.mark.parametrize(
