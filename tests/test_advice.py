@@ -363,6 +363,24 @@ def test_the_settings_of_this_version_are_read():
     assert "bfloat16" in advise(flat(sampler_kl=0.04), config)["sampler_mismatch"]
 
 
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [
+        ("length_runaway", flat(truncated=0.9)),
+        ("extrapolation_hacking", flat(extrapolation_p99=40.0)),
+        ("runaway", flat(kl_teacher=[0.1, 2.0])),
+        ("repetition", probes(probe__repetition=0.9)),
+    ],
+)
+def test_lambdas_that_tasks_have_of_their_own_are_lowered_there(name, rows):
+    made = Config(workdir="w", student=Model())
+    for lam, own in ((1.5, {}), (1.0, {"math": 1.5, "code": 1.25})):
+        made.objective.lam, made.objective.task_lam = lam, own
+        sentence = ADVICE[name](rows, to_dict(made))
+        assert ("--config.objective.lam=" in sentence) is not bool(own)
+        assert ("smaller ones in --config.objective.task_lam" in sentence) is bool(own)
+
+
 def test_a_tasks_reward_turns_the_gradient_and_is_no_noise():
     rows = [{"step": i + 1, "probe/cosine": 0.01} for i in range(4)]
     mixed = CONFIG | {"objective": {"lam": 1.25, "loss": "policy_gradient", "task": "grpo"}}

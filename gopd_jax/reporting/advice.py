@@ -16,6 +16,7 @@ from gopd_jax.reporting.evidence import (
     is_number,
     lam_of,
     last,
+    lower,
     percent,
     quarter,
     same_weights,
@@ -168,7 +169,7 @@ def length_runaway(rows, config, *, most=0.5, rise=0.2, n=10):
     return say(
         config,
         f"length runaway: {told.rstrip(',')}",
-        "--config.objective.lam=1.0" if lam_of(config) > 1 else None,
+        lower(config, 1) if lam_of(config) > 1 else None,
         f"--config.sampling.completion_length={longer}",
         "another template or --config.sampling.stop if these do not match the model",
     )
@@ -193,7 +194,7 @@ def extrapolation_hacking(rows, config, *, nats=3.0, growth=1.5, least=1.0, n=10
         f"extrapolation: on 1 % of the tokens |log T - log R| is beyond {now:.1f} nats{was}, where "
         f"lambda = {lam:g} adds {tilt:.1f} nats to the reward",
         f"--config.objective.ratio_cap={(now if cap is None else cap) / 2:.2g}",
-        f"--config.objective.lam={1 + (lam - 1) / 2:g}",
+        lower(config, 1 + (lam - 1) / 2),
         "the teacher's own base model as --config.reference.path",
     )
 
@@ -301,7 +302,7 @@ def runaway(rows, config, *, nats=1.0, growth=3.0, n=2):
         f"runaway: the KL to the teacher rose from {found[0]:.2g} to {found[1]:.2g} nats a token "
         f"(means of {n} steps): the student leaves what the teacher would write",
         f"{slower(config)} and another workdir, from the start",
-        f"--config.objective.lam={1 + (lam_of(config) - 1) / 2:g}" if lam_of(config) > 1 else None,
+        lower(config, 1 + (lam_of(config) - 1) / 2) if lam_of(config) > 1 else None,
         "--config.optimizer.warmup_steps=10"
         if not setting(config, "optimizer.warmup_steps", 0)
         else None,
@@ -319,7 +320,7 @@ def repetition(rows, config, *, most=0.5, rise=0.2):
     return say(
         config,
         f"repetition: {percent(now)} of the probed completions' text repeats itself{was}",
-        f"--config.objective.lam={1 + (lam_of(config) - 1) / 2:g}" if lam_of(config) > 1 else None,
+        lower(config, 1 + (lam_of(config) - 1) / 2) if lam_of(config) > 1 else None,
         ("objective.divergence", "jsd", ""),
         ("objective.gates", f"first(n={quarter(config)})", "early tokens only"),
         slower(config),

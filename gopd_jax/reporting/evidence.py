@@ -32,7 +32,17 @@ def setting(config: dict, key: str, default=None):
 
 
 def lam_of(config: dict) -> float:
-    return setting(config, "objective.lam", 1.0)
+    """The largest of the tasks' lambdas."""
+    own, lam = setting(config, "objective.task_lam", {}), setting(config, "objective.lam", 1.0)
+    tasks = setting(config, "data.tasks", ())
+    return max((own.get(task, lam) for task in tasks), default=lam)
+
+
+def lower(config: dict, lam: float) -> str:
+    """The flag of another lambda; words where tasks have their own, which it would not reach."""
+    if setting(config, "objective.task_lam"):
+        return "smaller ones in --config.objective.task_lam"
+    return f"--config.objective.lam={round(float(lam), 5)}"
 
 
 def sampled(config: dict) -> bool:
