@@ -106,6 +106,16 @@ def overlap(train: Dataset, test: Dataset) -> tuple[str, ...]:
     )
 
 
+def lambdas_missing(train: Dataset, by_row: bool) -> tuple[str, ...]:
+    """A warning where rows may name lambdas of their own, by_row, and none does."""
+    if not by_row or any(r.lam is not None for of_task in train.records.values() for r in of_task):
+        return ()
+    return (
+        f"warning: objective.lam_by_row = True has no effect: no row of data.train = "
+        f"{train.source} has a 'lam'",
+    )
+
+
 def group_sizes(n_prompts: int, rollouts: int, tasks: Sequence[str]) -> tuple[int, ...]:
     """Rows of each task in a global batch, static: equal shares of the prompts."""
     if not tasks or n_prompts < 1 or rollouts < 1 or n_prompts % len(tasks):

@@ -126,6 +126,8 @@ def finish(begun: Begun) -> Summary:
             progress.note(f"continuing {workdir} after step {start}")
         attends = attention_told(config, this.mesh, this.roles)
         warnings = (*([lost] if lost else []), *data.overlap(this.train, this.test))
+        by_row = config.objective.lam_by_row and this.recipe.objective.drawn
+        warnings += data.lambdas_missing(this.train, by_row)
         for note in (*config.notes(), *warnings, this.recipe.objective.formula, attends):
             progress.note(note)
         told = metrics.read_rows(workdir / metrics.METRICS)

@@ -320,6 +320,15 @@ def test_problems_that_are_trained_and_evaluated_on_are_counted(tmp_path):
     assert data.overlap(train, other) == ()
 
 
+def test_lambdas_that_no_row_names_are_missed(tmp_path):
+    train = dataset_of(tmp_path)
+    (said,) = data.lambdas_missing(train, True)
+    assert said.startswith("warning: objective.lam_by_row = True has no effect: no row of data.tr")
+    assert data.lambdas_missing(train, False) == ()
+    named = jsonl(tmp_path, [row(0), row(1) | {"lam": 1.5}, row(2, "code")], "named.jsonl")
+    assert data.lambdas_missing(data.load(named, TASKS), True) == ()
+
+
 TURNS = [{"role": "user", "content": "\ud800 w1"}]
 
 

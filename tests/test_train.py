@@ -45,6 +45,14 @@ def in_workdir(root, workdir, **changes):
     return tiny.config(root, workdir=str(workdir), **changes)
 
 
+def test_a_run_says_that_no_row_names_a_lambda(root, tmp_path, capsys):
+    changes = {"objective": {"lam": 1.25, "lam_by_row": True}, "checkpoints": {"every": 9}}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "_judge_all", lambda *_: signal.SIGTERM)  # before a step
+        train.run(in_workdir(root, tmp_path / "run", **changes))
+    assert "lam_by_row = True has no effect: no row of data.train" in capsys.readouterr().err
+
+
 def test_a_run_leaves_its_rows_evaluations_and_a_student_that_has_learnt(root):
     rows = read(root / "run" / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
