@@ -1,6 +1,7 @@
 """Choices of a Config that change nothing, or that nothing makes right, under its objective."""
 
 import collections
+import inspect
 from collections.abc import Iterator
 
 from gopd_jax.objectives import checks, objective
@@ -86,6 +87,11 @@ def _futile(c, made) -> Iterator[str]:
         )
     if o.estimator == "stop_gradient" and made.divergence is objective.DIVERGENCES["reverse_kl"]:
         yield "objective.estimator = 'stop_gradient' has no effect: reverse KL's correction is 0"
+    elif o.estimator == "stop_gradient" and not _measures(made.advantage):
+        yield (
+            "objective.estimator = 'stop_gradient' has no effect: objective.advantage = "
+            f"{o.advantage!r} is of no divergence, and has no correction"
+        )
     by_row = o.lam_by_row or o.task_lam
     scheduled = made.drawn and made.lam_schedule is not objective.SCHEDULES["constant"]
     if scheduled and not by_row and made.lam_schedule(0, o.lam) == o.lam:
@@ -107,3 +113,7 @@ def _futile(c, made) -> Iterator[str]:
             f"batch.updates * batch.epochs = {again}, and objective.loss = 'policy_gradient' takes "
             "the later ones for on-policy; 'ppo' corrects them"
         )
+
+
+def _measures(advantage) -> bool:
+    return "divergence" in inspect.signature(advantage).parameters

@@ -364,6 +364,11 @@ NOTED = [
     ),
     ({"objective.estimator": "stop_gradient"}, "'stop_gradient' has no effect: reverse KL's"),
     (
+        {"objective.estimator": "stop_gradient", "objective.advantage": "grpo"}
+        | {"objective.loss": "asymmetric", "objective.divergence": "jsd", "batch.rollouts": 8},
+        "'stop_gradient' has no effect: objective.advantage = 'grpo' is of no divergence, and",
+    ),
+    (
         {"objective.lam_schedule": "linear(steps=9)", "reference": Model()},
         "goes from 1 to objective.lam = 1, and the",
     ),
