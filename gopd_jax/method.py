@@ -263,8 +263,9 @@ def unused(config) -> Iterator[str]:
             f"objective.{key} = {getattr(o, key)} has no effect in "
             f"objective.advantage = {o.advantage!r}"
         )
-    if o.mixture != "probability" and made.mixture is None:
-        yield f"objective.mixture = {o.mixture!r} has no effect: no task has several teachers"
+    if o.mixture != "probability" and not (made.mixture and made.teacher):
+        why = "no teacher is learnt from" if made.mixture else "no task has several teachers"
+        yield f"objective.mixture = {o.mixture!r} has no effect: {why}"
     if c.reference is not None and not made.reference:
         why = (
             "objective.lam = 1, where it cancels" if made.drawn else f"advantage = {o.advantage!r}"

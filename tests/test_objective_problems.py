@@ -385,6 +385,11 @@ NOTED = [
     ({"objective.loss": "k1"}, "'k1' is KL's value .* gradient is zero on average; to descend"),
     ({"batch.epochs": 4}, r"updates \* batch.epochs = 4, and .* 'ppo' corrects them"),
     ({"objective.mixture": "log"}, "mixture = 'log' has no effect: no task has several teachers"),
+    (
+        {"objective.mixture": "log", "routes": {"math": "math=0.5, code=0.5"}}
+        | {"objective.advantage": "grpo", "batch.rollouts": 8},
+        "mixture = 'log' has no effect: no teacher is learnt from",
+    ),
     *(
         (DATA | {f"objective.{key}": value}, f"{key} = .* has no effect in .* 'imitation'")
         for key, value in (
