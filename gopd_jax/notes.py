@@ -102,6 +102,11 @@ def _futile(c, made) -> Iterator[str]:
         )
     if made.drawn and o.lam != 1 and set(c.data.tasks) <= o.task_lam.keys():
         yield f"objective.lam = {o.lam} has no effect: objective.task_lam has one of each task"
+    if made.task is not None and o.distil_weight == 0:
+        yield (
+            "objective.distil_weight = 0 leaves objective.task alone to be learnt from; "
+            f"objective.advantage = {o.task!r} in place of both is the same without the teachers"
+        )
     if made.loss is objective.LOSSES["k1"]:
         yield (
             "objective.loss = 'k1' is KL's value as a sample, whose gradient is zero on average; "

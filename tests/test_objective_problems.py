@@ -382,6 +382,10 @@ NOTED = [
         | {"reference": Model()},
         "objective.lam = 1.25 has no effect: objective.task_lam has one of each task",
     ),
+    (
+        {"objective.task": "grpo", "objective.distil_weight": 0.0, "batch.rollouts": 8},
+        "distil_weight = 0 leaves objective.task alone .*; objective.advantage = 'grpo' in place",
+    ),
     ({"objective.loss": "k1"}, "'k1' is KL's value .* gradient is zero on average; to descend"),
     ({"batch.epochs": 4}, r"updates \* batch.epochs = 4, and .* 'ppo' corrects them"),
     ({"objective.mixture": "log"}, "mixture = 'log' has no effect: no task has several teachers"),
