@@ -21,6 +21,9 @@ def _unseen(c, made) -> Iterator[str]:
             f"diagnostics.every = {c.diagnostics.every} has no effect: they compare with a "
             "teacher, and this objective has none"
         )
+    for key in ("rows", "top_k") if c.diagnostics.every is None else ():
+        if (value := getattr(c.diagnostics, key)) != getattr(type(c.diagnostics)(), key):
+            yield f"diagnostics.{key} = {value} has no effect: diagnostics.every is none"
     looks = {"diagnostics.every": c.diagnostics.every if made.teacher else None}
     # The default is nobody's wish.
     every, default = c.evaluation.verify_every, type(c.evaluation)().verify_every

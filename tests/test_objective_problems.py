@@ -386,6 +386,10 @@ NOTED = [
         {"objective.task": "grpo", "objective.distil_weight": 0.0, "batch.rollouts": 8},
         "distil_weight = 0 leaves objective.task alone .*; objective.advantage = 'grpo' in place",
     ),
+    *(
+        ({f"diagnostics.{key}": 8}, f"diagnostics.{key} = 8 has no effect: diagnostics.every is n")
+        for key in ("rows", "top_k")
+    ),
     ({"objective.loss": "k1"}, "'k1' is KL's value .* gradient is zero on average; to descend"),
     ({"batch.epochs": 4}, r"updates \* batch.epochs = 4, and .* 'ppo' corrects them"),
     ({"objective.mixture": "log"}, "mixture = 'log' has no effect: no task has several teachers"),
