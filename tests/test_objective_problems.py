@@ -217,8 +217,15 @@ EXCLUDED = [
         K2 | {"objective.task": "grpo", "objective.distil_weight": 0.5},
         [f"task is 'grpo' {BARE}", f"distil_weight is 0.5 {BARE}"],
     ),
-    (K2 | {"objective.divergence": "jsd"}, ["divergence is 'jsd', .* or loss = 'exact'"]),
-    (K2 | {"objective.log_u_clip": 5.0}, ["log_u_clip is 5.0 .* take it out, or use advantage"]),
+    (K2 | {"objective.divergence": "jsd"}, ["use loss = 'policy_gradient' or loss = 'exact'"]),
+    (K2 | {"objective.log_u_clip": 5.0}, ["log_u_clip is 5.0 .* use loss = 'policy_gradient'"]),
+    *(
+        (
+            {"objective.advantage": "grpo", "batch.rollouts": 8, f"objective.{key}": value},
+            [f"objective.{key} is .* use advantage = 'gopd'"],
+        )
+        for key, value in (("divergence", "jsd"), ("log_u_clip", 5.0))
+    ),
     ({"objective.support": "top_k(k=4)"}, [rf"support is 'top_k\(k=4\)' .* {ALONE}"]),
     ({"objective.mass": "renormalised"}, [f"mass is 'renormalised' .* {ALONE}"]),
     ({"objective.ratio_cap": 3.0}, ["ratio_cap is 3.0 .* at objective.lam = 1; take it out, or"]),
@@ -302,6 +309,7 @@ def test_a_clip_of_routed_advantages_is_an_option_of_its_loss():
         {"batch.prompts": 12, "batch.microbatches": 4},
         {"batch.prompts": 12, "batch.microbatches": 3, "objective.loss": "exact"},
         DATA | {"objective.lam": 1.25},
+        {"objective.divergence": "jsd", "objective.log_u_clip": 5.0},
     ],
     ids=str,
 )

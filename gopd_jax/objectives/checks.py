@@ -203,10 +203,12 @@ def _without_effect(made: Objective, said: dict) -> Iterator[str]:
                 yield f"objective.{key} is {value!r} and objective.loss {why}"
     of_loss = "divergence" in inspect.signature(made.loss).parameters
     of_advantage = made.weighs and "divergence" in inspect.signature(made.advantage).parameters
+    # Of a loss that has no advantage, none would be asked.
+    measured = "advantage = 'gopd'" if made.weighs else "loss = 'policy_gradient'"
     if said["divergence"] != "reverse_kl" and not (of_loss or of_advantage):
         yield (
             f"objective.divergence is {said['divergence']!r}, and neither objective.advantage nor "
-            "objective.loss measures one; use advantage = 'gopd' or loss = 'exact'"
+            f"objective.loss measures one; use {measured} or loss = 'exact'"
         )
     if made.task is None and said.get("distil_weight", 1.0) != 1:
         yield "objective.distil_weight has no effect without objective.task; use task = 'grpo'"
@@ -218,7 +220,7 @@ def _without_effect(made: Objective, said: dict) -> Iterator[str]:
     if made.log_u_clip is not None and not (of_advantage or "local_kl_BT" in made.needs):
         yield (
             f"objective.log_u_clip is {made.log_u_clip} and clips the ratio in an advantage, which "
-            "this objective has not; take it out, or use advantage = 'gopd'"
+            f"this objective has not; take it out, or use {measured}"
         )
 
 
