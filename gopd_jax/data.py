@@ -74,9 +74,12 @@ def load(source: str, tasks: Sequence[str]) -> Dataset:
         raise ValueError(f"{source} has {len(malformed)} malformed rows:\n{shown}{more}")
     if unknown:
         counts = ", ".join(f"{task!r} ({n} rows)" for task, n in sorted(unknown.items()))
+        less = "take their rows out of the file"
+        if source.startswith("microworld:") and any(found.values()):
+            less = f"give {source}:{next(task for task in tasks if found[task])} in its place"
         raise ValueError(
             f"tasks [{counts}] of {source} are not in data.tasks = {tuple(tasks)}; add them there "
-            "(each has a teacher where the objective asks one), or take their rows out of the file"
+            f"(each has a teacher where the objective asks one), or {less}"
         )
     if not any(found.values()):
         raise ValueError(f"{source} is empty; give a source with at least one row of each task")

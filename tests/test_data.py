@@ -320,6 +320,12 @@ def test_problems_that_are_trained_and_evaluated_on_are_counted(tmp_path):
     assert data.overlap(train, other) == ()
 
 
+def test_one_task_of_the_microworld_is_named_with_its_source():
+    with pytest.raises(ValueError, match=r"'code' .*, or give microworld:test:math in its place"):
+        data.load("microworld:test", ("math",))
+    assert data.load("microworld:test:math", ("math",)).tasks == ("math",)
+
+
 def test_lambdas_that_no_row_names_are_missed(tmp_path):
     train = dataset_of(tmp_path)
     (said,) = data.lambdas_missing(train, True)
