@@ -87,14 +87,15 @@ def find(config) -> Iterator[str]:
     yield from _roles(c, made)
     yield from _rows(c, made)
     yield from _sampling(c, made)
+    measured = objective.TARGETS & {*objective.names(made.advantage)}
     if made.critic and c.critic is None:
+        begun = "" if measured else " --config.critic.closed_form=False"
         yield (
             f"objective.credit = {o.credit!r} and baseline = {o.baseline!r} need a value of each "
-            "state and there is no critic; set --config.critic=build"
+            f"state and there is no critic; set --config.critic=build{begun}"
         )
     if made.baseline is BASELINES["value"] and "value_BT" in objective.names(made.credit):
         yield "objective.baseline = 'value' is taken off by credit = 'gae' already; use 'none'"
-    measured = objective.TARGETS & {*objective.names(made.advantage)}
     if made.critic and c.critic is not None and c.critic.closed_form and not measured:
         yield (
             f"critic.closed_form = True begins V at minus a state's divergence from the target, "

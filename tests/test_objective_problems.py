@@ -162,7 +162,11 @@ EXCLUDED = [
     ),
     # Values.
     ({"objective.credit": "gae(lam=0.9)"}, [r"credit = 'gae\(lam=0.9\)' .* " + NO_CRITIC]),
-    ({"objective.baseline": "value"}, ["baseline = 'value' " + NO_CRITIC]),
+    ({"objective.baseline": "value"}, ["baseline = 'value' " + NO_CRITIC + "$"]),
+    (
+        {"objective.baseline": "value", "objective.advantage": "grpo", "batch.rollouts": 8},
+        ["baseline = 'value' " + NO_CRITIC + " --config.critic.closed_form=False$"],
+    ),
     (
         {"objective.credit": "gae", "objective.baseline": "value", "critic": Critic()},
         ["baseline = 'value' is taken off by credit = 'gae' already; use 'none'"],
