@@ -15,7 +15,9 @@ import numpy as np
 from gopd_jax import heads, scoring, sharding, step
 from gopd_jax.models import lora
 from gopd_jax.objectives import inspection, objective
+from gopd_jax.objectives.routing import ROUTING
 from gopd_jax.recipe import Frozen, Recipe, following
+from gopd_jax.spec import plain
 from gopd_jax.types import Mean, Prompts, Rollout, TrainState
 from gopd_jax.update import gradient
 
@@ -71,7 +73,8 @@ def probing(recipe: Recipe, *, n_rows: int, rollouts: int, top_k: int, options: 
         if not recipe.objective.reward or reward_B is not None:
             got, _ = gradient(few, state, rollout, scores, frozen)
             found["cosine"] = Mean.one(inspection.cosine(got, want))
-        seen, mask_BT = _look(exact, state, rollout, wholes, frozen, top_k), rollout.mask_BT
+        seen = _look(exact, state, rollout, wholes, frozen, top_k, _routing(recipe.objective))
+        mask_BT = rollout.mask_BT
         found |= _means(seen, rollout, recipe.completion_length)
         found["repetition"] = Mean.of(inspection.repetition(rollout.tokens_BL[:, 1:], mask_BT))
         if reward_B is not None:
@@ -106,15 +109,28 @@ def _exact(options: dict) -> objective.Objective:
     return objective.build(**kept, loss="exact")
 
 
-def _look(recipe: Recipe, state, rollout, scores, frozen, top_k: int) -> dict:
-    """{name: [B, T]} of `inspection.inspect`."""
+def _routing(goal: objective.Objective) -> dict:
+    """The options of the run's own `cr_opd`; of another loss none, and its defaults count."""
+    return getattr(goal.loss, "keywords", {}) if plain(goal.loss) is ROUTING["cr_opd"] else {}
+
+
+def _look(recipe: Recipe, state, rollout, scores, frozen, top_k: int, routing: dict) -> dict:
+    """{name: [B, T]} of `inspection.inspect`, its negatives those of log T - log S."""
     goal = recipe.objective
     lam = goal.lam_at(state.step, rollout.lam_B if goal.lam_by_row else None)
 
     def look(*, ids_x, student_xV, target_xV, teacher_xV, ref_xV, real_xV):
         sampled_x = scoring.pick(target_xV, ids_x) - scoring.pick(student_xV, ids_x)
         return inspection.inspect(
-            student_xV, target_xV, real_xV, ids_x, sampled_x, teacher_xV, ref_xV, k=top_k
+            student_xV,
+            target_xV,
+            real_xV,
+            ids_x,
+            sampled_x,
+            teacher_xV,
+            ref_xV,
+            k=top_k,
+            routing=routing,
         )
 
     params = lora.join(state.params, frozen.base)

@@ -83,9 +83,9 @@ def top(logp, k):
     return set(np.argsort(-logp, kind="stable")[:k].tolist())
 
 
-def candidates(y, s, t):
-    """Supported by the target and reachable by the student, 16 ids of each; likelier under T."""
-    return [v for v in top(t, 16) & top(s, 16) if v != y and t[v] > s[v]]
+def candidates(y, s, t, of_teacher=16, margin=0.0):
+    """Among the target's likeliest and the student's 16; likelier under T by the margin."""
+    return [v for v in top(t, of_teacher) & top(s, 16) if v != y and t[v] > s[v] + margin]
 
 
 def ngrams_seen_before(ids, n=4):
@@ -93,7 +93,7 @@ def ngrams_seen_before(ids, n=4):
     return sum(gram in grams[:i] for i, gram in enumerate(grams)) / max(len(grams), 1)
 
 
-def wanted(target_BTV, order=None, k=TOP_K) -> dict[str, float]:
+def wanted(target_BTV, order=None, k=TOP_K, threshold=0.0, **choice) -> dict[str, float]:
     """Every figure of some rows, but for gradients and verdicts."""
     rows, (student_BTV, teacher_BTV, ref_BTV) = rows_of(), models()
     states, repetition = [], []
@@ -107,7 +107,7 @@ def wanted(target_BTV, order=None, k=TOP_K) -> dict[str, float]:
             )
             shared = top(s, k) & top(t, k)
             gain = np.maximum(np.exp(t) - np.exp(s), 0)
-            chosen = candidates(y, s, t)
+            chosen = candidates(y, s, t, **choice)
             states.append(
                 {
                     "kl_target": kl(s, t),
@@ -119,8 +119,8 @@ def wanted(target_BTV, order=None, k=TOP_K) -> dict[str, float]:
                     "tail_mass": sum(np.exp(s[v]) for v in range(full.V) if v not in top(t, k)),
                     "actionability": sum(gain[v] for v in chosen)
                     / (np.abs(np.exp(t) - np.exp(s)).sum() / 2),
-                    "negative": t[y] < s[y],
-                    "routable": t[y] < s[y] and len(chosen) > 0,
+                    "negative": t[y] < s[y] - threshold,
+                    "routable": t[y] < s[y] - threshold and len(chosen) > 0,
                     "part": int(i / full.LENGTH * 4) + 1,
                 }
             )
@@ -202,6 +202,13 @@ def test_the_target_is_that_of_the_rows_own_lambda_at_the_step_and_the_divergenc
     got = looked(options, rows, at_step=2)
     # Half of the way from 1; the loss is the exact one, so its gradient is the exact gradient.
     close(got, wanted(tilted(1 + (lam_B - 1) / 2, None)) | {"cosine": 1.0})
+
+
+def test_what_a_run_would_route_is_told_by_the_options_of_its_own_routing():
+    loss = "cr_opd(threshold=0.3, teacher_k=4, margin=0.2, clip=2.0)"
+    got, target = looked(OPTIONS | {"loss": loss}), tilted(LAM, CAP)
+    want = wanted(target, threshold=0.3, of_teacher=4, margin=0.2)
+    close(got, want | {"cosine": got["cosine"]})
 
 
 @pytest.mark.slow
