@@ -31,7 +31,7 @@ def update(
 
     Weights and baselines are fixed on the whole batch first; the gradient is then summed over
     microbatches. A gradient that is not finite leaves params and optimizer as they were, and counts
-    as skipped.
+    as skipped: one of the batch's updates.
     """
     one, rows, metrics, lam = _prepared(recipe, state, rollout, scores, frozen)
     rate = recipe.learning_rate(optimizer.n_updates(state.opt_state))
@@ -263,7 +263,9 @@ def _descend(recipe, one: _Piece, state: TrainState, rows):
 
     state, (seen, found) = jax.lax.scan(epoch, state, None, length=recipe.epochs)
     seen = batching.join(jax.tree.map(lambda x: x[0], seen), n)
-    return state, seen, jax.tree.map(lambda x: x.sum((0, 1)), found)
+    found = jax.tree.map(lambda x: x.sum((0, 1)), found)
+    # Of the batch's updates the means, but how many were skipped: they are counted.
+    return state, seen, found | {"skipped": Mean.one(found["skipped"].total)}
 
 
 def _by_length(recipe, rows, n: int):

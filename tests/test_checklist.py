@@ -122,6 +122,7 @@ def test_it_holds_what_the_files_hold():
     ("changes", "item", "part"),
     [
         ({"objective__lam": 1.0}, "target", "the teacher itself"),
+        ({"batch__updates": 2, "batch__epochs": 3}, "skipped updates", "1 of 12"),
         (
             {"objective__lam": 1.0, "objective__task_lam": {"math": 2.0}},
             "target",

@@ -242,7 +242,8 @@ def _skipped(run: Run) -> str:
     skipped = run.values("skipped")
     if not skipped:
         raise Unknown("metrics.jsonl has no count of them")
-    return f"{sum(skipped):g} of {len(skipped)}"
+    updates = get(run, "batch.updates", 1) * get(run, "batch.epochs", 1)
+    return f"{sum(skipped):g} of {len(skipped) * updates}"
 
 
 def _worse(run: Run) -> str:
