@@ -1150,8 +1150,8 @@ MUTANTS = (
         (
             "step-ratio-not-normalised",
             "log u is that of the sampled tokens' log-probs where f needs distributions",
-            "if objective.normalised or not objective.tilts:",
-            "if not objective.tilts:",
+            'found["target"], mixed_xV = pick(target_xV, ids_x), teacher_xV',
+            'found["target"] = tilted(found["teacher"], found.get("ref"), lam=lam_x)',
             "test_step_vocabulary.py::test_a_step_is_the_descent_from_full_logits"
             "[sampled forward KL]",
         ),

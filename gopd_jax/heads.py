@@ -151,9 +151,9 @@ def _head(recipe, params, heads, chunk, lam, *, grad, look):
         "eos_probability": jnp.where(is_end_V, jnp.exp(still_xV), 0.0).sum(-1),
     }
     vocabulary = {"student_xV": student_xV, "real_xV": real_xV}
-    teacher_xV = ref_xV = None
+    teacher_xV = mixed_xV = ref_xV = None
     if recipe.vocabulary:
-        teacher_xV, ref_xV = _frozen(recipe, heads, chunk, options, student_xV.shape[-1])
+        teacher_xV, mixed_xV, ref_xV = _frozen(recipe, heads, chunk, options, student_xV.shape[-1])
     if ref_xV is not None:
         vocabulary["ref_xV"], found["ref"] = ref_xV, pick(ref_xV, ids_x)
     if teacher_xV is not None:
@@ -165,14 +165,15 @@ def _head(recipe, params, heads, chunk, lam, *, grad, look):
         vocabulary["target_xV"] = target_xV
         found["teacher"] = pick(teacher_xV, ids_x)
         found["teacher_entropy"] = scoring.entropy(teacher_xV, real_V)
-        if objective.normalised or not objective.tilts:
-            found["target"] = pick(target_xV, ids_x)
+        # As where only the sampled tokens are scored, whatever asked for the vocabulary here.
+        if objective.normalised:
+            found["target"], mixed_xV = pick(target_xV, ids_x), teacher_xV
         else:
             found["target"] = tilted(
-                found["teacher"], found["ref"], lam=lam_x, cap=objective.ratio_cap
+                pick(mixed_xV, ids_x), found.get("ref"), lam=lam_x, cap=objective.ratio_cap
             )
         if "local_kl_BT" in objective.needs or recipe.closed_form:
-            found["local_kl"] = _local(objective, student_xV, teacher_xV, ref_xV, real_xV, lam_xV)
+            found["local_kl"] = _local(objective, student_xV, mixed_xV, ref_xV, real_xV, lam_xV)
     found = {k: v if k == "logp" else jax.lax.stop_gradient(v) for k, v in found.items()}
     if look is not None:
         found |= look(ids_x=ids_x, teacher_xV=teacher_xV, **{"ref_xV": None} | vocabulary)
@@ -220,7 +221,8 @@ def _local(objective, student_xV, teacher_xV, ref_xV, real_xV, lam):
 
 
 def _frozen(recipe, heads, chunk, options, n_ids):
-    """(log-probs of each row's teacher or None, of the reference or None) over n_ids ids."""
+    """(log-probs of each row's teacher, the same but for a geometric mixture's normaliser, the
+    reference's) over n_ids ids; None of whom there is not."""
     teachers, ref = heads
 
     def over(decoder, params, hidden_xD):
@@ -230,7 +232,7 @@ def _frozen(recipe, heads, chunk, options, n_ids):
 
     ref_xV = None if ref is None else over(recipe.reference, ref, chunk["ref"])
     if not teachers:
-        return None, jax.lax.stop_gradient(ref_xV)
+        return None, None, jax.lax.stop_gradient(ref_xV)
     n_rows = chunk["ids"].shape[0]
     every = []
     for of_task, hidden_xD in zip(recipe.routes, chunk["teacher"]):
@@ -252,11 +254,11 @@ def _frozen(recipe, heads, chunk, options, n_ids):
         # Joined from groups of rows, they would stand in the groups' sharding, or with all ids on
         # each device.
         every.append(constrain(found, "batch", None, "vocab"))
-    teacher_xV = mix(recipe, every)
+    teacher_xV = mixed_xV = mix(recipe, every)
     if recipe.mixture is not None and recipe.mixture.space == "log":
         real_V = jnp.arange(n_ids) < recipe.n_vocab
         teacher_xV = jax.nn.log_softmax(jnp.where(real_V, teacher_xV, -jnp.inf))
-    return jax.lax.stop_gradient((teacher_xV, ref_xV))
+    return jax.lax.stop_gradient((teacher_xV, mixed_xV, ref_xV))
 
 
 def same_width(logp_xV, n_ids: int):

@@ -14,13 +14,13 @@ FIRST = full.TASK_B == 0
 ROUTES, WEIGHTS = ((0, 1), (2, 1)), ((0.3, 1.0), (0.7, 0.0))
 
 
-def mixture(space):
+def mixture(space, normalised=True):
     first, second, third = (np.asarray(full.logp_of(t), np.float64) for t in full.TEACHERS)
     if space == "probability":
         mixed = np.log(0.3 * np.exp(first) + 0.7 * np.exp(third))
     else:
         mixed = 0.3 * first + 0.7 * third
-        mixed -= np.log(np.exp(mixed).sum(-1, keepdims=True))
+        mixed -= np.log(np.exp(mixed).sum(-1, keepdims=True)) if normalised else 0
     return jnp.array(np.where(FIRST[:, None, None], mixed, second), jnp.float32)
 
 
@@ -68,6 +68,20 @@ def test_a_geometric_mixture_is_normalised_where_a_ratio_is_asked_for():
     got = mixed_setting("log", divergence="pearson", log_u_clip=3.0).descent()
     log_u_BT = full.of_tokens(mixture("log")) - full.of_tokens(full.logp_of(full.STUDENT))
     holds(got, full.sampled(jnp.expm1(2 * jnp.clip(log_u_BT, -3, 3))))
+
+
+@pytest.mark.parametrize("gates", [(), ("teacher_entropy(at_most=99.0)",)])
+def test_what_asks_for_the_vocabulary_does_not_change_what_a_geometric_mixture_is_summed_to(gates):
+    options = {"lam": 1.25, "credit": "return_to_go", "gates": gates}
+    one = mixed_setting("log", **options)
+    assert one.recipe.vocabulary == bool(gates)  # a gate that lets every token through
+    teacher_BT, ref_BT, student_BT = (
+        full.of_tokens(x)
+        for x in (mixture("log", False), full.logp_of(full.REFERENCE), full.logp_of(full.STUDENT))
+    )
+    reward_BT = teacher_BT + 0.25 * (teacher_BT - ref_BT) - student_BT
+    reward_BT = jnp.where(MASK_BT, reward_BT, 0.0)
+    holds(one.descent(), full.sampled(jnp.cumsum(reward_BT[:, ::-1], 1)[:, ::-1]))
 
 
 LAM_B = np.array([0.0, 1.0, 1.25, 2.0] * 4, np.float32)
