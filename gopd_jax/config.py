@@ -87,7 +87,7 @@ class Objective:
     advantage: str = "gopd"  # token reward of a sampled token: gopd, grpo, imitation
     divergence: str = "reverse_kl"  # from the target, of advantage = gopd and of exact losses
     estimator: str = "corrected"  # of a sampled divergence (OPD+); stop_gradient is biased
-    log_u_clip: float | None = None  # nats of log T - log S in the advantage; divergences: 5
+    log_u_clip: float | None = None  # nats of log T - log S in the advantage; 5 if f is unbounded
     credit: str = "immediate"  # return_to_go, discounted(gamma=..), k_step(k=..), gae(lam=..)
     baseline: str = "none"  # batch_mean, position_mean, leave_one_out, local_kl, value
     advantage_clip: float | None = None  # of the finished advantage

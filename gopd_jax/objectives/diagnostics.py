@@ -18,7 +18,9 @@ def diagnostics(rollout, quantities, *, objective, n_tasks, lam, sampled=True):
     quantities: {name: [B, T]} of what the objective saw of the batch; a key is left out where its
     quantity is. lam: of this step, a number or [B]. sampled: whether the student wrote the tokens,
     so that the sampler's log-probs can be held against the student's. kl_teacher and kl_ref are the
-    sampled estimates of KL(S || .) in nats a token (k1: the mean of log S - log .).
+    sampled estimates of KL(S || .) in nats a token (k1: the mean of log S - log .). Where teachers
+    are mixed in log space and nothing asks for the vocabulary, and so for their normaliser,
+    kl_teacher is the weighted mean of the KLs to each of them.
     """
     q, mask_BT = quantities, rollout.mask_BT
     length_B = mask_BT.sum(1).astype(jnp.float32)
