@@ -34,7 +34,7 @@ def smaller_evaluation(c: settings.Config, mesh) -> Iterator[Change]:
     rows, shards = rows_at_once(c), sharding.n_decode_shards(mesh)
     while rows % 2 == 0 and (rows := rows // 2) % shards == 0:
         yield changed(c, {"evaluation.rows": rows})
-    if c.evaluation.teachers:
+    if c.evaluation.teachers and c.teachers:
         yield changed(c, {"evaluation.teachers": False})
 
 

@@ -68,7 +68,8 @@ def moved(c: settings.Config, placement: str) -> dict:
         if role != "student" and model.follows is None
         if order.index(model.placement) < order.index(placement)
     }
-    if moved and placement == "host_layers" and c.evaluation.teachers:
+    teachers = any(key.startswith("teachers.") for key in moved)
+    if teachers and placement == "host_layers" and c.evaluation.teachers:
         moved["evaluation.teachers"] = False  # a model by layer is too slow a writer
     return moved
 
