@@ -61,6 +61,16 @@ class Run:
     prompts: Prompts
     key: jax.ShapeDtypeStruct
 
+    @property
+    def n_prompt(self) -> int:
+        """Tokens of a prompt as the student reads it."""
+        return self.prompts.tokens_BP.shape[1]
+
+    @property
+    def length(self) -> int:
+        """Tokens of a whole row: prompt and completion."""
+        return self.n_prompt + self.recipe.completion_length
+
 
 def prepare(c: settings.Config, devices) -> Run:
     """The run on a mesh over `devices`. ValueError with every problem, as setup.prepare."""

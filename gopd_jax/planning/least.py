@@ -13,7 +13,7 @@ import numpy as np
 from gopd_jax import sharding
 from gopd_jax.models import lora
 from gopd_jax.models.cache import widths
-from gopd_jax.planning import abstract, evaluated, phases, reads
+from gopd_jax.planning import abstract, evaluated, phases, reads, streamed
 from gopd_jax.planning.chips import GIB
 from gopd_jax.planning.phases import STEP, Compiled
 from gopd_jax.planning.traffic import Loop
@@ -57,18 +57,17 @@ def decode(run: abstract.Run, loops: tuple[Loop, ...]) -> Decode | None:
     n = len(loops) // len(writers)
     each = [loops[i : i + n] for i in range(0, len(loops), n)]
     most, least = (sum(_mean(part, name) for part in each) for name in ("moved", "least"))
-    length = run.prompts.tokens_BP.shape[1] + run.recipe.completion_length
     turns, read, filled = reads.turns_and_slots(run)
-    cache, narrowest = reads.cache_of(run), widths(length, run.recipe.sampling_buckets)[0]
+    cache, narrowest = reads.cache_of(run), widths(run.length, run.recipe.sampling_buckets)[0]
     # Branches differ by the slots that they read, from the narrowest width to the whole cache.
-    share = 1.0 if narrowest == length else (read - narrowest) / (length - narrowest)
+    share = 1.0 if narrowest == run.length else (read - narrowest) / (run.length - narrowest)
     return Decode(
         turns=turns,
         moved=least + (most - least) * share,
         least=least,
         weights=reads.weights_of(run),
         cache=cache,
-        live=cache * filled / length,
+        live=cache * filled / run.length,
     )
 
 
@@ -129,13 +128,12 @@ def sent(run: abstract.Run, name: str) -> float:
 
 
 def _generate(run: abstract.Run) -> float:
-    made, n_prompt = run.recipe, run.prompts.tokens_BP.shape[1]
+    made = run.recipe
     if made.source == "data":
         return 0
     dtype = reads.sampling_dtype(made, "weights")
     return sum(
-        _gathered(made.mesh, decoder, dtype)
-        + _sums(made.mesh, decoder, rows * (n_prompt + made.completion_length - 1))
+        _gathered(made.mesh, decoder, dtype) + _sums(made.mesh, decoder, rows * (run.length - 1))
         for decoder, rows, _ in reads.writers(run)
     )
 
@@ -153,17 +151,16 @@ def _score(run: abstract.Run) -> float:
     microbatch = sum(made.group_rows) // made.pieces
     judged = [] if made.objective.reference is False else [(made.reference, sum(made.group_rows))]
     for routes in made.routes if made.objective.teacher else ():
-        rows = {i: sum(n for j, n in zip(routes, made.group_rows) if i == j) for i in {*routes}}
-        judged += [(made.teachers[i], n) for i, n in rows.items()]
+        judged += [(made.teachers[i], n) for i, n in streamed.rows_of(made, routes).items()]
     for decoder, rows in judged:
         total += -(-rows // microbatch) * _gathered(made.mesh, decoder)
-        total += _sums(made.mesh, decoder, rows * _length(run))
+        total += _sums(made.mesh, decoder, rows * run.length)
     return total
 
 
 def _update(run: abstract.Run) -> float:
     made, decoder = run.recipe, run.recipe.student
-    passes, tokens = made.pieces * made.epochs, sum(made.group_rows) * _length(run)
+    passes, tokens = made.pieces * made.epochs, sum(made.group_rows) * run.length
     weights, trained = _gathered(made.mesh, decoder), abstract.state(run).params
     gradient = weights
     if run.frozen.base is not None:  # adapters alone
@@ -176,10 +173,6 @@ def _update(run: abstract.Run) -> float:
     if made.prescored:
         total += made.pieces * weights + _sums(made.mesh, decoder, tokens)
     return total
-
-
-def _length(run: abstract.Run) -> int:
-    return run.prompts.tokens_BP.shape[1] + run.recipe.completion_length
 
 
 def _gathered(mesh, decoder, dtype: str | None = None) -> int:

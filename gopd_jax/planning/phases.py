@@ -268,7 +268,7 @@ def _refused(program: Program, work: Work, seconds: float, said: str) -> Compile
 def bytes_of(tree) -> int:
     """Bytes of one device's shards of abstract arrays, without those in host memory."""
     return sum(
-        streamed.bytes_of(x)
+        streamed.shard_bytes(x)
         for x in jax.tree.leaves(tree)
         if x.sharding.memory_kind != streamed.HOST
     )

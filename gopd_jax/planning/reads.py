@@ -11,7 +11,7 @@ from gopd_jax.models import lora, quantized
 from gopd_jax.models.cache import widths
 from gopd_jax.models.decoder import Decoder
 from gopd_jax.models.params import abstract_params, logical_axes
-from gopd_jax.planning import abstract
+from gopd_jax.planning import abstract, streamed
 from gopd_jax.recipe import Recipe
 
 
@@ -20,13 +20,12 @@ def turns_and_slots(run: abstract.Run) -> tuple[int, float, float]:
 
     Every row runs to its full length. A turn reads the width that holds what is there.
     """
-    made, n_prompt = run.recipe, run.prompts.tokens_BP.shape[1]
-    length, turns = n_prompt + made.completion_length, made.completion_length - 1
+    made, turns = run.recipe, run.recipe.completion_length - 1
     for _, n_rows, at_once in writers(run):
         if at_once < n_rows:
             turns = -(-n_rows * made.completion_length // at_once)
-    sizes = widths(length, made.sampling_buckets)
-    filled = [min(n, length) for n in range(n_prompt, n_prompt + max(turns, 1))]
+    sizes = widths(run.length, made.sampling_buckets)
+    filled = [min(run.n_prompt + i, run.length) for i in range(max(turns, 1))]
     read = sum(next(w for w in sizes if w >= n) for n in filled)
     return turns, read / len(filled), sum(filled) / len(filled)
 
@@ -38,8 +37,7 @@ def decode_reads(run: abstract.Run) -> tuple[int, int]:
     many slots as the width that holds what is there, in the mean over the turns.
     """
     turns, slots, _ = turns_and_slots(run)
-    length = run.prompts.tokens_BP.shape[1] + run.recipe.completion_length
-    return turns, weights_of(run) + round(cache_of(run) * slots / length)
+    return turns, weights_of(run) + round(cache_of(run) * slots / run.length)
 
 
 def weights_of(run: abstract.Run) -> int:
@@ -51,9 +49,8 @@ def weights_of(run: abstract.Run) -> int:
 def cache_of(run: abstract.Run) -> int:
     """Bytes of the writers' whole caches, of one device."""
     made, dtype = run.recipe, sampling_dtype(run.recipe, "cache")
-    length = run.prompts.tokens_BP.shape[1] + made.completion_length
     each = writers(run)
-    return sum(cache_bytes(made.mesh, one, at_once, length, dtype) for one, _, at_once in each)
+    return sum(cache_bytes(made.mesh, one, at_once, run.length, dtype) for one, _, at_once in each)
 
 
 def sampling_dtype(made: Recipe, what: str) -> str | None:
@@ -66,12 +63,11 @@ def sampling_dtype(made: Recipe, what: str) -> str | None:
 def writers(run: abstract.Run) -> list[tuple[Decoder, int, int]]:
     """(who writes completions, of how many rows, of how many at one time), one after another."""
     made = run.recipe
-    rows = {made.student: sum(made.group_rows)}
+    each = [(made.student, sum(made.group_rows))]
     if made.source == "teacher":
         (routes,) = made.routes
-        of = {i: sum(n for j, n in zip(routes, made.group_rows) if i == j) for i in {*routes}}
-        return [(made.teachers[i], n, min(n, made.slots or n)) for i, n in of.items()]
-    return [(decoder, n, min(n, made.slots or n)) for decoder, n in rows.items()]
+        each = [(made.teachers[i], n) for i, n in streamed.rows_of(made, routes).items()]
+    return [(decoder, n, min(n, made.slots or n)) for decoder, n in each]
 
 
 def cache_bytes(mesh, decoder, n_rows: int, length: int, dtype: str | None = None) -> int:

@@ -167,24 +167,23 @@ def guess(run: abstract.Run, names: tuple[str, ...]) -> int:
     made, c = run.recipe, run.config
     shards = sharding.n_row_shards(made.mesh)
     rows = -(-sum(made.group_rows) // (made.pieces * shards))
-    width = run.prompts.tokens_BP.shape[1]
-    length, extra = width + made.completion_length, [0]
+    extra = [0]
     if {"generate", "fused"} & {*names} and made.source != "data":
         for decoder, _, n_rows in reads.writers(run):
             copied = reads.weights_read(made.mesh, decoder, reads.sampling_dtype(made, "weights"))
-            scores = FORWARD * _scores(made.mesh, decoder, -(-n_rows // shards), width)
+            scores = FORWARD * _scores(made.mesh, decoder, -(-n_rows // shards), run.n_prompt)
             extra.append(_cache(run, decoder, n_rows) + copied + scores)
     if {"score", "fused"} & {*names}:
         judges = zip((*made.teachers, made.reference), (*run.frozen.teachers, run.frozen.reference))
         for decoder, params in judges:
             if decoder is not None:
                 brought = 0 if params is None else streamed.at_once(decoder, params)
-                extra.append(brought + FORWARD * _scores(made.mesh, decoder, rows, length))
+                extra.append(brought + FORWARD * _scores(made.mesh, decoder, rows, run.length))
     if {"update", "fused"} & {*names}:
         cfg = made.student.cfg
-        state = rows * length * cfg.hidden_size * np.dtype(made.student.dtype).itemsize
+        state = rows * run.length * cfg.hidden_size * np.dtype(made.student.dtype).itemsize
         kept = RECOMPUTED if c.batch.remat else max(RECOMPUTED, KEPT * cfg.num_hidden_layers)
-        scores = kept * _scores(made.mesh, made.student, rows, length)
+        scores = kept * _scores(made.mesh, made.student, rows, run.length)
         gradient = phases.bytes_of(abstract.state(run).params)
         n_vocab = cfg.vocab_size // sharding.parts(made.mesh, "vocab")
         logits = 2 * 4 * rows * min(made.head_chunk, made.completion_length) * n_vocab
@@ -203,9 +202,8 @@ def _held(run: abstract.Run) -> int:
 
 
 def _cache(run: abstract.Run, decoder: Decoder, rows: int) -> int:
-    length = run.prompts.tokens_BP.shape[1] + run.recipe.completion_length
     dtype = reads.sampling_dtype(run.recipe, "cache")
-    return reads.cache_bytes(run.recipe.mesh, decoder, rows, length, dtype)
+    return reads.cache_bytes(run.recipe.mesh, decoder, rows, run.length, dtype)
 
 
 def _scores(mesh, decoder: Decoder, rows: int, length: int) -> int:

@@ -14,18 +14,19 @@ from gopd_jax import batching, method, problems, sharding, step
 from gopd_jax import config as settings
 from gopd_jax.models import decoder as lm
 from gopd_jax.planning import abstract
+from gopd_jax.recipe import Recipe
 
 HOST = "pinned_host"
 
 
-def bytes_of(x) -> int:
-    """Bytes of one device's shard of an abstract array."""
+def shard_bytes(x) -> int:
+    """Bytes of one device's shard of an abstract array, wherever it lies."""
     return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
 
 
 def there(tree) -> int:
     """Bytes that lie in host memory."""
-    return sum(bytes_of(x) for x in jax.tree.leaves(tree) if x.sharding.memory_kind == HOST)
+    return sum(shard_bytes(x) for x in jax.tree.leaves(tree) if x.sharding.memory_kind == HOST)
 
 
 def at_once(decoder, params) -> int:
@@ -74,16 +75,19 @@ def moved(c: settings.Config, placement: str) -> dict:
     return moved
 
 
+def rows_of(made: Recipe, routes: tuple[int, ...]) -> dict[int, int]:
+    """Index of a teacher -> rows of a batch that `routes`, one of Recipe.routes, gives it."""
+    return {i: sum(n for j, n in zip(routes, made.group_rows) if i == j) for i in sorted({*routes})}
+
+
 def _judges(run: abstract.Run):
     """(decoder, params, rows) of each time that a frozen model scores."""
     made, frozen = run.recipe, run.frozen
     shards = sharding.n_row_shards(made.mesh)
     if made.objective.teacher:
         for routes in made.routes:
-            for i in sorted({*routes}):
-                rows = sum(n for j, n in zip(routes, made.group_rows) if i == j)
-                rows = -(-rows // shards) * shards
-                yield made.teachers[i], frozen.teachers[i], rows
+            for i, rows in rows_of(made, routes).items():
+                yield made.teachers[i], frozen.teachers[i], -(-rows // shards) * shards
     if made.objective.reference:
         yield made.reference, frozen.reference, sum(made.group_rows)
 
@@ -96,7 +100,7 @@ def _parts(decoder, params) -> tuple[int, int]:
         if x.sharding.memory_kind != HOST:
             continue
         if jax.tree_util.keystr(path, simple=True, separator="/") in by_layer:
-            stacks += bytes_of(x)
+            stacks += shard_bytes(x)
         else:
-            whole += bytes_of(x)
+            whole += shard_bytes(x)
     return whole, stacks
