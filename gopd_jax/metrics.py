@@ -14,7 +14,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 
 import rich.progress as rp
@@ -255,13 +255,13 @@ class Progress:
         period: float = 5.0,
         clock=time.monotonic,
     ):
-        self._unit, self._total, self._step, self._enabled = unit, total, start, enabled
+        self._unit, self._total, self._enabled = unit, total, enabled
         self._console = console or Console(stderr=True)
         self._live = enabled and self._console.is_terminal and not self._console.is_dumb_terminal
         self._period, self._clock = period, clock
-        self._printed, self._last, self._reward = -math.inf, clock(), {}
-        # The median of recent steps: the first one compiles, and some evaluate.
-        self._seconds: deque[float] = deque(maxlen=25)
+        self._printed, self._reward = -math.inf, {}
+        # When recent steps were done. The first, which compiles, only begins the count.
+        self._done: deque[tuple[float, int]] = deque(maxlen=26)
         self._rich = _rich_bar(self._console)
         self._task = self._rich.add_task("", total=total, completed=start, text="compiling")
 
@@ -278,12 +278,12 @@ class Progress:
         """Show one step. A reward, which not every step has, stays until the next one."""
         if not self._enabled:
             return
-        now = self._clock()
-        self._seconds.append((now - self._last) / max(step - self._step, 1))
-        self._last, self._step = now, step
+        self._done.append((now := self._clock(), step))
         self._reward = {"reward": row["reward"]} if "reward" in row else self._reward
-        left = _clock_text(statistics.median(self._seconds) * (self._total - step))
-        text = f"{_figures(row | self._reward, timing)}  {left} left"
+        text = _figures(row | self._reward, timing)
+        # The median, as some steps evaluate too.
+        if each := [(b - a) / max(j - i, 1) for (a, i), (b, j) in pairwise(self._done)]:
+            text += f"  {_clock_text(statistics.median(each) * (self._total - step))} left"
         if self._live:
             self._rich.update(self._task, completed=step, text=text)
         elif now - self._printed >= self._period or step == self._total:
