@@ -282,19 +282,19 @@ def _bound(
     fail_above: float | None = None,
     fail_below: float | None = None,
     warn_above: float | None = None,
-    warn_below: float | None = None,
 ) -> Check:
-    """A check of a number; says is kept where it does not pass. NaN fails."""
+    """A check of a number; says is kept where it does not pass. NaN fails.
+
+    The limit that is shown is the one that fails, if there is one; infinity is none.
+    """
     above = fail_above if fail_above is not None else warn_above
-    below = fail_below if fail_below is not None else warn_below
     failed = math.isnan(value)
     failed |= fail_above is not None and value > fail_above
     failed |= fail_below is not None and value < fail_below
     warned = warn_above is not None and value > warn_above
-    warned |= warn_below is not None and value < warn_below
     verdict = "fail" if failed else "warn" if warned else "ok"
-    limit = f"at most {above:.4g}" if above is not None else f"at least {below:.4g}"
-    limit = "none" if math.inf in (above, -(below or 0.0)) else limit
+    limit = f"at most {above:.4g}" if above is not None else f"at least {fail_below:.4g}"
+    limit = "none" if math.inf in (above, -(fail_below or 0.0)) else limit
     return Check(
         role=role,
         name=name,
