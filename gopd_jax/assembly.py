@@ -5,10 +5,11 @@ import dataclasses
 from gopd_jax import config as settings
 from gopd_jax import data, sharding
 from gopd_jax.critic import Critic
-from gopd_jax.method import teachers_of
+from gopd_jax.method import teacher_names, teachers_of
 from gopd_jax.models import attention
 from gopd_jax.models.decoder import Decoder
-from gopd_jax.models.params import ModelConfig
+from gopd_jax.models.params import Lora, ModelConfig
+from gopd_jax.objectives.objective import Objective
 from gopd_jax.optimizer import make_optimizer
 from gopd_jax.recipe import Mixture, Recipe
 
@@ -21,6 +22,27 @@ def decoder_of(c: settings.Config, mesh, cfg: ModelConfig, model: settings.Model
     name, _ = attention.choose(c.batch.attention, cfg, model.dtype, mesh.devices.flat[0])
     by_layer = model.placement == "host_layers"
     return Decoder(cfg, dtype=model.dtype, attention=name, by_layer=by_layer)
+
+
+def trains_whole(c: settings.Config, name: str) -> bool:
+    """Whether the role's own weights are trained, and in float32: then it is loaded so.
+
+    Nothing else needs more bits than its file has: use casts in any case.
+    """
+    return name == "student" and c.lora is None and c.optimizer.weights_dtype == "float32"
+
+
+def adapted(c: settings.Config, name: str, model: settings.Model, cfg: ModelConfig) -> ModelConfig:
+    """cfg, with the run's adapters where the role has them: the student, and who follows it."""
+    if c.lora is None or (name != "student" and model.follows is None):
+        return cfg
+    options = {key: getattr(c.lora, key) for key in ("rank", "alpha", "targets")}
+    return dataclasses.replace(cfg, lora=Lora(**options))
+
+
+def teachers_used(c: settings.Config, goal: Objective) -> tuple[str, ...]:
+    """Names of the teachers that score or write, each once, in the order of the tasks."""
+    return teacher_names(c) if goal.teacher or c.objective.source == "teacher" else ()
 
 
 def attention_told(c: settings.Config, mesh, roles) -> str:

@@ -45,6 +45,11 @@ def teachers_of(config, task: str) -> dict[str, float]:
     return _parts(config.routes.get(task, task))
 
 
+def teacher_names(config) -> tuple[str, ...]:
+    """The tasks' teachers, each once, in the order of the tasks."""
+    return tuple(dict.fromkeys(n for task in config.data.tasks for n in teachers_of(config, task)))
+
+
 def _parts(text: str) -> dict[str, float]:
     """ "name", or "name=0.7, name=0.3". ValueError for a weight that is no number."""
     if "=" not in text:
@@ -70,8 +75,8 @@ def roles(config) -> dict:
     judged = made is not None and made.teacher
     asked = judged or c.objective.source == "teacher" or c.evaluation.teachers
     if asked and _readable(c):
-        named = dict.fromkeys(name for task in c.data.tasks for name in teachers_of(c, task))
-        found |= {f"teachers.{name}": c.teachers[name] for name in named if name in c.teachers}
+        named = (name for name in teacher_names(c) if name in c.teachers)
+        found |= {f"teachers.{name}": c.teachers[name] for name in named}
     return found
 
 
@@ -86,7 +91,7 @@ def find(config) -> Iterator[str]:
         return
     yield from _roles(c, made)
     yield from _rows(c, made)
-    yield from _sampling(c, made)
+    yield from _sampling(c)
     measured = objective.TARGETS & {*objective.names(made.advantage)}
     if made.critic and c.critic is None:
         begun = "" if measured else " --config.critic.closed_form=False"
@@ -205,7 +210,6 @@ def _rows(c, made) -> Iterator[str]:
             f"divisor of {rows}"
         )
         return
-    names = {name for task in c.data.tasks for name in teachers_of(c, task)}
     whole = made.vocabulary or (made.critic and c.critic is not None and c.critic.closed_form)
     shares = [teachers_of(c, task) for task in c.data.tasks]
     if whole and b.buckets != 1 and any(share != shares[0] for share in shares):
@@ -213,7 +217,7 @@ def _rows(c, made) -> Iterator[str]:
             f"batch.buckets is {b.buckets}, and the objective is over the vocabulary of several "
             "teachers, whose rows cannot be sorted by length; use batch.buckets = 1"
         )
-    if whole and len(names) > 1 and len(c.data.tasks) and b.updates * b.microbatches > 0:
+    if whole and len(teacher_names(c)) > 1 and b.updates * b.microbatches > 0:
         of_task, pieces = rows // len(c.data.tasks), b.updates * b.microbatches
         if of_task % pieces:
             yield (
@@ -223,7 +227,7 @@ def _rows(c, made) -> Iterator[str]:
             )
 
 
-def _sampling(c, made) -> Iterator[str]:
+def _sampling(c) -> Iterator[str]:
     """Off-policy settings that have nothing to correct, or nobody to correct them."""
     o, s = c.objective, c.sampling
     for key in ("importance", "rejection", "veto"):

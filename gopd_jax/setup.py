@@ -9,7 +9,7 @@ import jax
 
 from gopd_jax import config as settings
 from gopd_jax import data, hub, method, metrics, processes, sharding
-from gopd_jax.assembly import decoder_of, recipe_of, views
+from gopd_jax.assembly import adapted, decoder_of, recipe_of, teachers_used, trains_whole, views
 from gopd_jax.evaluate import held_out
 from gopd_jax.method import teachers_of
 from gopd_jax.models import hf, lora
@@ -64,7 +64,6 @@ def prepare(config: settings.Config) -> Run:
     c = config
     mesh = checked_mesh(c)
     goal = objective.build(**method.settings(c))
-    uses_teachers = goal.teacher or c.objective.source == "teacher"
     models = {n.replace("teachers.", "teacher:"): model for n, model in method.roles(c).items()}
     problems: list[str] = []
     roles = _load_roles(models, mesh, c, problems)
@@ -76,8 +75,7 @@ def prepare(config: settings.Config) -> Run:
     if c.objective.source == "data":
         roles["student"] = _ending(roles["student"], c, stop)
     _check_data(c, train, test, roles, stop)
-    named = dict.fromkeys(name for t in c.data.tasks for name in teachers_of(c, t))
-    teachers = tuple(named) if uses_teachers else ()
+    teachers = teachers_used(c, goal)
     return Run(
         config=c,
         mesh=mesh,
@@ -157,9 +155,7 @@ def _load_roles(models: dict[str, settings.Model], mesh, c, problems) -> dict[st
     for name, model in models.items():
         if (at := _try(problems, hub.locate, model.path, says=f"{name}: ")) is None:
             continue
-        # Only what is trained needs more bits than the file has: use casts in any case.
-        trained = name == "student" and c.lora is None and c.optimizer.weights_dtype == "float32"
-        dtype = "float32" if trained else "stored"
+        dtype = "float32" if trains_whole(c, name) else "stored"
         key = (at.directory.resolve(), model.placement)
         if key not in loaded:
             loaded[key] = _try(problems, _load, name, model, at, dtype, mesh, c, says=f"{name}: ")
@@ -170,8 +166,9 @@ def _load_roles(models: dict[str, settings.Model], mesh, c, problems) -> dict[st
         if loaded[key] is None or reader is None:
             continue
         cfg, params, digest, _ = loaded[key]
-        if c.lora is not None and (name == "student" or model.follows is not None):
-            cfg, params = _try(problems, _with_adapters, cfg, params, mesh, c) or (cfg, params)
+        if (wider := adapted(c, name, model, cfg)) is not cfg:
+            made = _try(problems, _with_adapters, wider, params, mesh, c.seed)
+            cfg, params = (cfg, params) if made is None else (wider, made)
         if model.fingerprint is not None and not digest.startswith(model.fingerprint):
             problems.append(
                 f"{name}: {model.path} has the fingerprint {digest[:12]}, and fingerprint is "
@@ -188,14 +185,12 @@ def _load_roles(models: dict[str, settings.Model], mesh, c, problems) -> dict[st
     return roles
 
 
-def _with_adapters(cfg: lm_params.ModelConfig, params, mesh, c: settings.Config):
-    """(cfg, params) with new adapters beside the same arrays."""
-    options = {name: getattr(c.lora, name) for name in ("rank", "alpha", "targets")}
-    cfg = dataclasses.replace(cfg, lora=lm_params.Lora(**options))
+def _with_adapters(cfg: lm_params.ModelConfig, params, mesh, seed: int):
+    """params, with new adapters of cfg beside the same arrays."""
     axes, _ = lora.split(lm_params.logical_axes(cfg))
     where = sharding.shardings(mesh, axes)
     draw = jax.jit(lora.init, static_argnums=0, out_shardings=where)
-    return cfg, lora.join(draw(cfg, jax.random.key(c.seed)), params)
+    return lora.join(draw(cfg, jax.random.key(seed)), params)
 
 
 def _length(model: settings.Model, c: settings.Config) -> int:

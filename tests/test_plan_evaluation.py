@@ -79,7 +79,7 @@ def test_rows_down_to_one_a_device_are_tried_then_no_teachers(this, monkeypatch)
     (*_, (told, config)) = changes.smaller_evaluation(there.config, there.run.recipe.mesh)
     assert told == WITHOUT
     run = abstract.prepare(config, there.topology.devices)  # the same step
-    graded = dataclasses.replace(config, teachers={})  # a student that samples in 8 bits, say
+    graded = dataclasses.replace(there.config, teachers={})  # a student that samples in 8 bits, say
     alone = [told for told, _ in changes.smaller_evaluation(graded, run.recipe.mesh)]
     assert alone == [f"{ROWS}{n}" for n in (32, 16, 8)]
     assert not any(WITHOUT in told for told, _ in changes.smaller(graded, run.recipe.mesh))

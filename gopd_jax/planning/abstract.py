@@ -15,11 +15,11 @@ from jax.sharding import Mesh
 
 from gopd_jax import config as settings
 from gopd_jax import hub, method, recipe, setup, sharding
-from gopd_jax.assembly import decoder_of, recipe_of
+from gopd_jax.assembly import adapted, decoder_of, recipe_of, teachers_used, trains_whole
 from gopd_jax.models import lora
 from gopd_jax.models import params as lm_params
 from gopd_jax.models.decoder import Decoder
-from gopd_jax.models.params import Lora, ModelConfig
+from gopd_jax.models.params import ModelConfig
 from gopd_jax.models.published import PUBLISHED
 from gopd_jax.models.safetensors_in import read_json
 from gopd_jax.objectives import objective
@@ -80,8 +80,7 @@ def prepare(c: settings.Config, devices) -> Run:
     roles = _roles(c, mesh, problems)
     if problems:
         raise ValueError("\n".join(f"- {problem}" for problem in dict.fromkeys(problems)))
-    named = dict.fromkeys(name for t in c.data.tasks for name in method.teachers_of(c, t))
-    teachers = tuple(named) if goal.teacher or c.objective.source == "teacher" else ()
+    teachers = teachers_used(c, goal)
     stop = _stop_ids(c, roles["student"].decoder.cfg)
     made = recipe_of(c, mesh, goal, roles, teachers, stop)
     _, base = lora.split(roles["student"].params)
@@ -147,12 +146,9 @@ def _roles(c: settings.Config, mesh: Mesh, problems: list[str]) -> dict[str, Rol
         key = (model.path if hub.parse(model.path) else Path(model.path).resolve(), model.placement)
         try:
             if key not in loaded:
-                # What is trained is loaded in float32, and so are roles that share its arrays.
-                trained = name == "student" and c.lora is None
-                trained &= c.optimizer.weights_dtype == "float32"
                 loaded[key] = None
                 cfg, stored = model_config(model.path)
-                loaded[key] = cfg, "float32" if trained else stored
+                loaded[key] = cfg, "float32" if trains_whole(c, name) else stored
                 if wrong := sharding.mesh_problems(
                     mesh, lm_params.abstract_params(cfg), lm_params.logical_axes(cfg), role=name
                 ):
@@ -162,10 +158,7 @@ def _roles(c: settings.Config, mesh: Mesh, problems: list[str]) -> dict[str, Rol
                 continue
             cfg, stored = loaded[key]
             setup.check_context(name, model, cfg, c)
-            adapts = c.lora is not None and (name == "student" or model.follows is not None)
-            if adapts:
-                options = {name: getattr(c.lora, name) for name in ("rank", "alpha", "targets")}
-                cfg = dataclasses.replace(cfg, lora=Lora(**options))
+            cfg = adapted(c, name, model, cfg)
             decoder = decoder_of(c, mesh, cfg, model)
             params = _params(cfg, mesh, stored, model.placement)
         except ValueError as error:
