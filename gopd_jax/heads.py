@@ -17,7 +17,7 @@ from gopd_jax.models import decoder as lm
 from gopd_jax.models.ops import constrain
 from gopd_jax.objectives.objective import fed, over_vocabulary
 from gopd_jax.objectives.supports import supported
-from gopd_jax.objectives.targets import mixed, tilted, tilted_distribution
+from gopd_jax.objectives.targets import along, mixed, tilted, tilted_distribution
 from gopd_jax.types import Rollout, Scores
 
 # What the chunks give of the frozen models.
@@ -157,8 +157,7 @@ def _head(recipe, params, heads, chunk, lam, *, grad, look):
     if ref_xV is not None:
         vocabulary["ref_xV"], found["ref"] = ref_xV, pick(ref_xV, ids_x)
     if teacher_xV is not None:
-        lam_x = lam if jnp.ndim(lam) == 0 else lam[:, None]
-        lam_xV = lam if jnp.ndim(lam) == 0 else lam[:, None, None]
+        lam_x, lam_xV = along(lam, 1), along(lam, 2)
         target_xV = tilted_distribution(
             teacher_xV, ref_xV, real_xV, lam=lam_xV, cap=objective.ratio_cap
         )

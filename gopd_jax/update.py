@@ -14,7 +14,7 @@ from gopd_jax.models import lora
 from gopd_jax.objectives.baselines import group_relative
 from gopd_jax.objectives.diagnostics import diagnostics
 from gopd_jax.objectives.objective import fed, names, over_vocabulary
-from gopd_jax.objectives.targets import tilted
+from gopd_jax.objectives.targets import along, tilted
 from gopd_jax.recipe import Frozen, Recipe
 from gopd_jax.types import Mean, Rollout, Scores, TrainState
 
@@ -118,8 +118,7 @@ class _Piece:
             **seen,
         }
         if "target_BT" not in q and q["teacher_BT"] is not None:
-            lam = self.lam_of(rows)
-            lam = lam if jnp.ndim(lam) == 0 else lam[:, None]
+            lam = along(self.lam_of(rows), 1)
             if q["ref_BT"] is not None or not objective.tilts:
                 q["target_BT"] = tilted(
                     q["teacher_BT"], q["ref_BT"], lam=lam, cap=objective.ratio_cap

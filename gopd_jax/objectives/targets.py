@@ -26,6 +26,11 @@ def tilted(teacher, ref, *, lam, cap=None):
     return teacher + (lam - 1) * ratio
 
 
+def along(lam, n_axes: int):
+    """Lambda against arrays of B rows and n_axes more: [B] as [B, 1, ..], a number as it is."""
+    return lam if jnp.ndim(lam) == 0 else lam.reshape(-1, *(1,) * n_axes)
+
+
 def tilted_distribution(teacher_xV, ref_xV, real_xV, *, lam, cap=None):
     """log T_lam over the vocabulary, normalised: float32 nats, -inf where real_xV is False."""
     if isinstance(lam, (int, float)) and lam == 1:
