@@ -16,12 +16,11 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import jax
 import numpy as np
 from absl import flags
 from jax.sharding import Mesh
 
-from gopd_jax import hub, memory, metrics, records, sharding
+from gopd_jax import compiling, hub, memory, metrics, records, sharding
 from gopd_jax.checkpoint import differences
 from gopd_jax.models import hf
 from gopd_jax.models import params as lm_params
@@ -88,9 +87,8 @@ def open_model(
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; it is one of {list(DTYPES)}")
-    more = {"expert": expert, "sequence": sequence}
+    more = {"expert": expert, "sequence": sequence, "slices": slices}
     sizes = {"mesh.data": data, "mesh.fsdp": fsdp, "mesh.tensor": tensor}
-    more |= {"slices": slices}
     sizes |= {f"mesh.{axis}": size for axis, size in more.items()}
     if wrong := {name: size for name, size in sizes.items() if size is not None and size < 1}:
         raise ValueError(f"{wrong}: an axis has at least one device")
@@ -268,7 +266,12 @@ def define(*, temperature: str) -> flags.FlagValues:
     )
     add(values, "template", None, "Options of the chat template: enable_thinking=False.", str)
     add(values, "dtype", "float32", f"Of the computation: {' or '.join(DTYPES)}.")
-    add(values, "batch", 16, "Rows at a time; a multiple of mesh.data * mesh.fsdp.")
+    add(
+        values,
+        "batch",
+        16,
+        "Rows at a time; a multiple of the mesh's devices without those of tensor.",
+    )
     add(values, "mesh.data", None, "Replicas; unset, the devices that the others leave.", int)
     add(values, "mesh.fsdp", 1, "Shards of weights and rows.")
     add(values, "mesh.expert", 1, "Shards of experts beside those of tensor, and rows.")
@@ -308,8 +311,7 @@ def run(values: flags.FlagValues, doc: str, work: Callable, argv: list[str]) -> 
         if missing := [f"--{name}" for name in ("model", "data", "out") if not given[name]]:
             raise ValueError(f"{missing} have to be given; --help lists the flags")
         mesh = {name: given.pop(f"mesh.{name}") for name in (*sharding.AXES, "slices")}
-        cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", Path.home() / ".cache/gopd_jax/xla")
-        jax.config.update("jax_compilation_cache_dir", str(cache))
+        compiling.keep_compiled()
         memory.give_back_after_compiling()
         options = {name: given.pop(name) for name in ("dtype", "template")}
         model = open_model(given.pop("model"), **options, **mesh)

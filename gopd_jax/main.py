@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import difflib
 import errno
-import os
 import re
 import shlex
 import sys
@@ -21,7 +20,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from gopd_jax import memory
+from gopd_jax import compiling, memory
 from gopd_jax.config import Config, accept_none_and_dicts
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Preset, such as configs/exopd.py.")
@@ -51,8 +50,7 @@ def main(argv):
             f"{' '.join(alone)} without others to meet: give --coordinator=HOST:PORT of process 0, "
             "or --distributed where the cluster tells it"
         )
-    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", Path.home() / ".cache/gopd_jax/xla")
-    jax.config.update("jax_compilation_cache_dir", str(cache))
+    compiling.keep_compiled()
     memory.give_back_after_compiling()
 
     from gopd_jax import report, train

@@ -16,7 +16,7 @@ LAYERS = (
     (
         *("hub", "config", "problems", "method", "notes", "microworld.preset"),
         *("slices", "processes", "sharding"),
-        *("memory", "planning"),
+        *("memory", "compiling", "planning"),
     ),
     ("models",),
     ("drawing", "sampler", "scoring", "records", "reader", "data", "rows", "checkpoint"),

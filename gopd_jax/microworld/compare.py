@@ -24,7 +24,7 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
-from gopd_jax import command, data, expo, metrics, microworld, sharding, step, train
+from gopd_jax import command, compiling, data, expo, metrics, microworld, sharding, step, train
 from gopd_jax.evaluate import evaluate
 from gopd_jax.microworld import make, statistics
 from gopd_jax.microworld.cells import GROUPS, Cell, Scope, cells, identity, preset
@@ -264,8 +264,7 @@ def main(argv=None) -> None:
             parser.add_argument(flag, type=kind, default=field.default, help=HELP[field.name])
     args = vars(parser.parse_args(argv))
     only = tuple(args.pop("only"))
-    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", Path.home() / ".cache/gopd_jax/xla")
-    jax.config.update("jax_compilation_cache_dir", str(cache))
+    compiling.keep_compiled()
     scope = Scope(**args)
     try:
         run(scope, only)

@@ -15,7 +15,6 @@ import argparse
 import dataclasses
 import gc
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -24,7 +23,7 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
-from gopd_jax import command, microworld
+from gopd_jax import command, compiling, microworld
 from gopd_jax.microworld import study_cells, study_tables
 from gopd_jax.microworld.cells import Seeded
 from gopd_jax.microworld.compare import ONLY, results
@@ -261,8 +260,7 @@ def main(argv=None) -> None:
             parser.add_argument(flag, type=kind, default=field.default, help=HELP[field.name])
     args = vars(parser.parse_args(argv))
     only, docs, write = args.pop("only"), args.pop("docs"), args.pop("write")
-    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", Path.home() / ".cache/gopd_jax/xla")
-    jax.config.update("jax_compilation_cache_dir", str(cache))
+    compiling.keep_compiled()
     scope = Scope(**args)
     try:
         if not write:
