@@ -8,6 +8,7 @@ from test_report import evaluation_at, make_run
 
 from gopd_jax import report
 from gopd_jax.config import Batch, Config, Model, Objective, to_dict
+from gopd_jax.objectives import objective
 from gopd_jax.reporting.checklist import checklist
 from gopd_jax.reporting.plots import Run
 
@@ -213,6 +214,20 @@ def test_a_loss_without_an_advantage_has_no_credit_and_no_baseline(loss):
     assert asked["gamma and lambda"].startswith("immediate")
     for weighing in ("ppo(dual=None)", "cr_opd", "asymmetric"):
         assert told(made(objective__loss=weighing))["baseline"] == "none"
+
+
+def test_a_loss_of_ones_own_is_described_by_what_it_takes(monkeypatch):
+    def own(student_xS, target_xS, valid_xS):
+        """Never called: its parameters say that it is over the support."""
+
+    items = "estimator that is differentiated", "support and mass outside it"
+    run = made(objective__loss="own")
+    for item in items:
+        assert "no table has the loss 'own'" in told(run)[item]
+    monkeypatch.setitem(objective.TABLES["loss"], "own", own)
+    estimator, support = (told(run)[item] for item in items)
+    assert estimator.startswith("own: its value at each visited state")
+    assert support.startswith("the whole vocabulary")
 
 
 def test_an_earlier_versions_settings_are_off():

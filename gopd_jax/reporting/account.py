@@ -11,7 +11,7 @@ import math
 import statistics
 from functools import partial
 
-from gopd_jax.objectives.objective import EARNED, TABLES, names
+from gopd_jax.objectives.objective import EARNED, TABLES, names, over_vocabulary
 from gopd_jax.reporting import evidence
 from gopd_jax.reporting.plots import Run
 
@@ -28,8 +28,6 @@ OF_LOSS = {
     "k1": "none: its expected gradient is zero",
     "k3": DIRECTIONS["forward_kl"],
 }
-# Losses over more of a state than the sampled token.
-DISTRIBUTIONS = ("exact", "entropy_gated", "ratio_gated", "cr_opd", "asymmetric")
 # What the expected gradient is of a log-ratio's estimate that is taken as a loss.
 LOG_RATIOS = {
     "k1": "its expected gradient is zero",
@@ -183,6 +181,16 @@ def loss_of(run: Run) -> str:
     return get(run, "objective.loss", "policy_gradient")
 
 
+def over_states(run: Run) -> bool:
+    """Whether the loss is over more of a state than the sampled token."""
+    name = entry_name(loss_of(run))
+    if (loss := TABLES["loss"].get(name)) is None:
+        raise Unknown(
+            f"no table has the loss {name!r}; it was a preset's own, or another version's"
+        )
+    return over_vocabulary(loss)
+
+
 def divergence(run: Run) -> str | None:
     """The divergence of the advantage, or that of a loss which has its own."""
     if not gopd(run):
@@ -222,7 +230,7 @@ def estimator(run: Run) -> str:
             f"{loss_of(run)}: policy gradient of the sampled token where the advantage is above 0, "
             "the divergence's value at the state, through the student's log-probs, elsewhere"
         )
-    if loss in DISTRIBUTIONS:
+    if over_states(run):
         return f"{loss_of(run)}: its value at each visited state, through the student's log-probs"
     if loss_of(run) in LOG_RATIOS:
         return f"{loss_of(run)} of the sampled token's log-ratio: {LOG_RATIOS[loss_of(run)]}"
@@ -244,7 +252,7 @@ def formula(run: Run) -> str:
 
 
 def support(run: Run) -> str | None:
-    if entry_name(loss_of(run)) not in DISTRIBUTIONS:
+    if not over_states(run):
         return "the sampled token alone"
     if entry_name(loss_of(run)) == "cr_opd":
         return f"as the loss chooses: {loss_of(run)}"
