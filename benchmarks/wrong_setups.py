@@ -94,9 +94,9 @@ def weights(change: Callable[[dict], None], name="teacher_math") -> Callable:
     return break_it
 
 
-def config_json(name="teacher_math", **changes) -> Callable:
+def config_json(**changes) -> Callable:
     def break_it(root, _):
-        file = root / name / "config.json"
+        file = root / "teacher_math" / "config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
     return break_it
@@ -139,8 +139,8 @@ def shuffled(tensors):
     tensors[EMBED] = tensors[EMBED][order]
 
 
-def template(text: str, name="teacher_math") -> Callable:
-    return lambda root, _: (root / name / "chat_template.jinja").write_text(text) and None
+def template(text: str) -> Callable:
+    return lambda root, _: (root / "teacher_math" / "chat_template.jinja").write_text(text) and None
 
 
 def swap(root, c):
