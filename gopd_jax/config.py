@@ -174,7 +174,7 @@ class Evaluation:
     """Accuracy on held-out problems, before and after; each teacher's beside it."""
 
     problems: int = 256  # of each task
-    samples: int = 4  # completions of each problem: avg@samples
+    samples: int = 4  # completions of each problem: avg@samples, pass@k for k up to them
     every: int | None = 20  # steps between the student's evaluations; None: only first and last
     verify_every: int | None = 5  # steps between verdicts on training rollouts; None: never
     teachers: bool = True  # evaluate every teacher once

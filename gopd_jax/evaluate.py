@@ -1,6 +1,7 @@
-"""Accuracy of a model on held-out problems: avg@n with its standard error, length, truncation."""
+"""Accuracy of a model on held-out problems: avg@n with its standard error, pass@k, length, cuts."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Iterator
 
 import jax
@@ -42,6 +43,22 @@ def held_out(dataset: data.Dataset, n_problems: int) -> dict[str, tuple[Record, 
     return {task: records[:n_problems] for task, records in dataset.records.items()}
 
 
+def pass_at(solved: np.ndarray, k: int) -> float:
+    """pass@k: the chance that one of k samples of a problem solves it, in the mean over problems.
+
+    solved: bool [problems, n], n >= k. Without bias from n samples: 1 - C(n - c, k) / C(n, k) of a
+    problem that c of them solve (Chen et al., arXiv 2107.03374, equation 1).
+    """
+    n = solved.shape[1]
+    missed = [math.comb(n - int(c), k) / math.comb(n, k) for c in solved.sum(1)]
+    return 1 - float(np.mean(missed))
+
+
+def _doubled(n: int) -> list[int]:
+    """1, 2, 4, .. and n."""
+    return [*(2**i for i in range((n - 1).bit_length())), n]
+
+
 def rows_at_once(c) -> int:
     """Completions that an evaluation under this Config samples at one time."""
     rows = c.batch.prompts * c.batch.rollouts
@@ -67,7 +84,8 @@ def evaluate(
 
     sample: jitted (params, prompts, key) -> Rollout, called with batches of n_rows. stderr is that
     of the mean over problems, each problem's score being its mean over samples, so that it counts
-    the choice of problems too. A task with fewer problems than asked for is a ValueError.
+    the choice of problems too. pass@k, for k = 1, 2, 4, .. n_samples, counts scores of 1 alone. A
+    task with fewer problems than asked for is a ValueError.
     """
     held = held_out(dataset, n_problems)
     problems = [(task, record) for task, records in held.items() for record in records]
@@ -113,6 +131,7 @@ def evaluate(
                 "stderr": float(stderr),
                 "length": float(length[of_task].mean()),
                 "truncated": float(cut[of_task].mean()),
+                "pass_at": {str(k): pass_at(score[of_task] >= 1, k) for k in _doubled(n_samples)},
                 "problems": n_problems,
                 "samples": n_samples,
             }

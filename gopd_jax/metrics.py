@@ -27,7 +27,7 @@ METRICS, TIMING = "metrics.jsonl", "timing.jsonl"
 EVALUATION, SAMPLES = "evaluation.jsonl", "samples.jsonl"
 ROWS = METRICS, TIMING, EVALUATION, SAMPLES
 CURVES = ("accuracy", "stderr", "length", "truncated")
-EVALUATION_KEYS = ("step", "model", "task", *CURVES, "problems", "samples")
+EVALUATION_KEYS = ("step", "model", "task", *CURVES, "pass_at", "problems", "samples")
 SAMPLE_KEYS = ("step", "model", "task", "prompt", "completion", "score", "reason")
 # Phases that are no part of training, so that tokens/s compares between runs that evaluate
 # and save more or less often.
@@ -151,12 +151,12 @@ class Writer:
         A result of the same (step, model, task) is replaced: a run that was killed between its
         evaluation and its checkpoint evaluates again.
         """
-        rows = self._put(EVALUATION, EVALUATION_KEYS, rows)
-        for row in rows:
-            for key in CURVES:
+        for row in self._put(EVALUATION, EVALUATION_KEYS, rows):
+            pass_at = {f"pass_at_{k}": x for k, x in row["pass_at"].items()}
+            for key, value in ({key: row[key] for key in CURVES} | pass_at).items():
                 tag = f"evaluation/{row['task']}/{row['model']}/{key}"
-                if math.isfinite(row[key]):  # of one problem there is no standard error
-                    self._board.add_scalar(tag, row[key], row["step"])
+                if math.isfinite(value):  # of one problem there is no standard error
+                    self._board.add_scalar(tag, value, row["step"])
 
     def samples(self, rows: Iterable[dict]) -> None:
         """Completions with the keys SAMPLE_KEYS into samples.jsonl, replaced as evaluations are."""

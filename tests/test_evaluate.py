@@ -1,5 +1,7 @@
 """Accuracy, its standard error and lengths against completions that are known beforehand."""
 
+import itertools
+
 import jax
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from gopd_jax import data, evaluate, sharding, step, train
 from gopd_jax.models import tokenizer as tokenizers
 from gopd_jax.reader import Reader
 from gopd_jax.types import Rollout
+from gopd_jax.verifiers import Verdict
 
 LENGTH = 64
 # Rights among the samples of each problem, math then code: means 1, 1/2, 0 and 0, 0, 1/2.
@@ -93,8 +96,31 @@ def test_the_figures_are_those_of_known_completions(world):
         assert row["length"] == pytest.approx(np.mean(part), abs=1e-12)
         assert row["truncated"] == pytest.approx(n_cut / 6, abs=1e-12)
         assert (row["step"], row["model"], row["problems"], row["samples"]) == (7, "student", 3, 2)
+    # Problems that the two samples solve both, one and none of; none, none, one of.
+    assert math["pass_at"] == pytest.approx({"1": 0.5, "2": 2 / 3}, abs=1e-12)
+    assert code["pass_at"] == pytest.approx({"1": 1 / 6, "2": 1 / 3}, abs=1e-12)
     assert [row["task"] for row in result.rows] == ["math", "code"]
     assert result.accuracy() == {"math": math["accuracy"], "code": code["accuracy"]}
+
+
+@pytest.mark.parametrize("n", [1, 5, 6])
+def test_pass_at_k_is_the_share_of_all_choices_of_k_samples_that_have_a_solution(n):
+    solved = np.array(list(itertools.product((False, True), repeat=n)))
+    for k in range(1, n + 1):
+        chosen = [
+            rows[:, list(c)].any(1).mean()
+            for rows in [solved]
+            for c in itertools.combinations(range(n), k)
+        ]
+        assert evaluate.pass_at(solved, k) == pytest.approx(np.mean(chosen), abs=1e-12)
+
+
+def test_pass_at_k_counts_whole_solutions_of_1_2_4_and_all_samples(world, monkeypatch):
+    half = [Verdict(0.5, ""), Verdict(0.99, ""), Verdict(1.0, "")]
+    monkeypatch.setattr(evaluate, "verify", lambda texts, records: half * (len(texts) // 3))
+    for row in measured(world, n_rows=6, n_samples=3)[0].rows:
+        assert row["accuracy"] == pytest.approx(0.83, abs=1e-12)
+        assert row["pass_at"] == pytest.approx({"1": 1 / 3, "2": 2 / 3, "3": 1}, abs=1e-12)
 
 
 def test_the_samples_shown_are_the_first_of_each_problem_with_their_verdicts(world):

@@ -26,7 +26,8 @@ def row_at(step):
 def evaluation_at(step, model, task, accuracy=0.5):
     figures = {"accuracy": accuracy, "stderr": 0.02, "length": 11.5, "truncated": 0.0}
     place = {"step": step, "model": model, "task": task}
-    return place | figures | {"problems": 8, "samples": 4}
+    pass_at = {"1": float(accuracy), "2": 0.75, "4": 0.875}
+    return place | figures | {"pass_at": pass_at, "problems": 8, "samples": 4}
 
 
 def sample_at(step, task, completion="1\u20112 \U0001f600 \ud83d"):
@@ -126,7 +127,7 @@ def test_a_figure_that_is_not_finite_is_null_and_no_point_on_the_board(tmp_path)
     (row,) = read_rows(tmp_path / "evaluation.jsonl")
     assert row["stderr"] is None
     drawn = {tag.rsplit("/", 1)[1] for tag, _, _ in scalars(tmp_path)}
-    assert drawn == {"accuracy", "length", "truncated"}
+    assert drawn == {"accuracy", "length", "truncated", "pass_at_1", "pass_at_2", "pass_at_4"}
 
 
 def test_a_complete_last_row_without_its_line_end_is_kept(tmp_path):

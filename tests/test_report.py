@@ -43,6 +43,7 @@ def evaluation_at(step, model, accuracies, stderr=0.01):
         {
             **{"step": step, "model": model, "task": task, "accuracy": accuracy},
             **{"stderr": stderr, "length": 9.25, "truncated": 0.125, "problems": 64, "samples": 4},
+            "pass_at": {"1": accuracy, "2": accuracy, "4": (1 + accuracy) / 2},
         }
         for task, accuracy in zip(("math", "code"), accuracies)
     ]
@@ -137,26 +138,26 @@ def test_the_table_has_accuracy_error_length_and_the_share_of_the_way_to_the_tea
     assert rows == [
         [
             "student, step 0",
-            *("46.0 ± 1.0", "9.2", "12.5"),
-            *("45.0 ± 1.0", "9.2", "12.5"),
+            *("46.0 ± 1.0 pass@4 73.0", "9.2", "12.5"),
+            *("45.0 ± 1.0 pass@4 72.5", "9.2", "12.5"),
             "45.5 ± 0.7",
         ],
         [
             "student, step 20",
-            *("84.0 ± 1.0 +38.0 · 106 % of the way", "9.2", "12.5"),
-            *("76.0 ± 1.0 +31.0 · 103 % of the way", "9.2", "12.5"),
+            *("84.0 ± 1.0 +38.0 · 106 % of the way pass@4 92.0", "9.2", "12.5"),
+            *("76.0 ± 1.0 +31.0 · 103 % of the way pass@4 88.0", "9.2", "12.5"),
             "80.0 ± 0.7",
         ],
         [
             "teacher:math",
-            *("82.0 ± 1.0", "9.2", "12.5"),
-            *("48.0 ± 1.0", "9.2", "12.5"),
+            *("82.0 ± 1.0 pass@4 91.0", "9.2", "12.5"),
+            *("48.0 ± 1.0 pass@4 74.0", "9.2", "12.5"),
             "65.0 ± 0.7",
         ],
         [
             "teacher:code",
-            *("47.0 ± 1.0", "9.2", "12.5"),
-            *("75.0 ± 1.0", "9.2", "12.5"),
+            *("47.0 ± 1.0 pass@4 73.5", "9.2", "12.5"),
+            *("75.0 ± 1.0 pass@4 87.5", "9.2", "12.5"),
             "61.0 ± 0.7",
         ],
     ]
@@ -168,6 +169,11 @@ def test_a_teacher_within_two_standard_errors_gives_no_share_of_the_way(tmp_path
         writer.evaluation(evaluation_at(0, "teacher:math", (0.82, 0.48)))
         writer.write(1, {"loss": 1.0}, {})
         writer.evaluation(evaluation_at(1, "student", (0.78, 0.45)))
+    after = table(report.write(tmp_path).read_text())[3]
+    assert after[:2] == ["student, step 1", "78.0 ± 1.0 \u22122.0 pass@4 89.0"]
+    rows = [json.loads(line) for line in (tmp_path / "evaluation.jsonl").read_text().splitlines()]
+    earlier = [{key: row[key] for key in row.keys() - {"pass_at"}} for row in rows]
+    (tmp_path / "evaluation.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in earlier))
     after = table(report.write(tmp_path).read_text())[3]
     assert after[:2] == ["student, step 1", "78.0 ± 1.0 \u22122.0"]
 

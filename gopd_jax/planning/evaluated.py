@@ -19,8 +19,8 @@ from gopd_jax.types import Prompts
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampled:
-    """A model that is evaluated. n_prompt: width of its prompts; n_rows: of a batch, and at_once: of
-    those, how many are decoded at one time.
+    """A model that is evaluated. n_prompt: width of its prompts; n_rows: of a batch; at_once: how
+    many of those are decoded at one time.
 
     cache, copied: bytes of a device, of keys and values, and of the weights as decoding has them,
     with those that come in from the host before.
