@@ -138,7 +138,9 @@ def _pytest(tree: Path, targets, sender) -> None:
         for stream in (1, 2):
             os.dup2(log.fileno(), stream)
         first = _First()
-        code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *targets], plugins=[first])
+        code = pytest.main(
+            ["-x", "-q", "-m", "", "-p", "no:cacheprovider", *targets], plugins=[first]
+        )
         sender.send((int(code), first.found))
 
 

@@ -15,6 +15,8 @@ from gopd_jax.models import decoder as lm
 from gopd_jax.models import params as lm_params
 from gopd_jax.planning import chips, flops
 
+pytestmark = pytest.mark.slow
+
 HEADS, WIDTH, LENGTH = 4, 8, 20
 LEFT = np.array([0, 3, 0, 4, 0])
 RIGHT = np.array([0, 0, 5, 2, LENGTH])  # the last row has no token

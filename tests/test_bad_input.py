@@ -280,6 +280,8 @@ def parse(monkeypatch):
     def parse(*arguments):
         monkeypatch.setattr(sys, "argv", ["main", *arguments])
         main.flags.FLAGS.unparse_flags()
+        for name in [name for name in main.flags.FLAGS if name.startswith("config.")]:
+            delattr(main.flags.FLAGS, name)  # of an earlier command line
         main.parse(sys.argv)
 
     return parse

@@ -12,6 +12,8 @@ from gopd_jax.critic import Critic
 from gopd_jax.models import cache
 from tests import full_logits as full
 
+pytestmark = pytest.mark.slow
+
 HEAD = Critic(learning_rate=0.02, width=8, closed_form=True, warmup_steps=0, value_clip=None)
 ALIKE = {"routes": ((0, 0),)}  # one teacher for both tasks
 CASES = {

@@ -19,6 +19,8 @@ from gopd_jax.models.decoder import Decoder
 from gopd_jax.objectives import objective
 from gopd_jax.recipe import Mixture, init_state
 
+pytestmark = pytest.mark.slow
+
 MESHES = [(1, 1, 1), (2, 2, 2)]
 
 

@@ -16,6 +16,8 @@ from gopd_jax.microworld.cells import Cell, Scope
 from gopd_jax.microworld.statistics import Interval
 from gopd_jax.types import Record
 
+pytestmark = pytest.mark.slow
+
 
 def result(method, seed, math_, code, length=20.0):
     return {

@@ -13,6 +13,8 @@ from gopd_jax.models import params as lm_params
 from gopd_jax.models.decoder import Decoder
 from gopd_jax.recipe import init_state
 
+pytestmark = pytest.mark.slow
+
 
 def routed(mesh, dense: Decoder, seed: int):
     """(decoder, params on the mesh) of a dense decoder's sizes, with four experts for its MLP."""

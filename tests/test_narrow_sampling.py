@@ -22,6 +22,8 @@ from tests import families
 from tests.families import LEFT, LENGTH, MODELS, N_PROMPT, random_params
 from tests.test_sampler import EOS, KEY, TEMPERATURE, same
 
+pytestmark = pytest.mark.slow
+
 generate = jax.jit(
     sampler.generate,
     static_argnums=0,

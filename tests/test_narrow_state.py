@@ -16,6 +16,8 @@ from gopd_jax.optimizer import at_random, make_optimizer, rounded
 from gopd_jax.planning import flops
 from gopd_jax.recipe import abstract_state, init_state
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = {"learning_rate": 0.01, "schedule": "constant", "warmup_steps": 0, "steps": 9}
 OPTIONS |= {"b1": 0.9, "b2": 0.999, "weight_decay": 0.01, "clip_norm": 1.0}
 ROUND = jax.jit(at_random)

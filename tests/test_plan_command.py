@@ -17,6 +17,8 @@ from gopd_jax.models import params as lm_params
 from gopd_jax.models.published import PUBLISHED
 from gopd_jax.planning import abstract, chips, phases
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("name", "says"),

@@ -16,6 +16,8 @@ from gopd_jax.models.params import logical_axes
 from gopd_jax.planning import abstract, phases, search, space
 from gopd_jax.planning.chips import Chip, Topology
 
+pytestmark = pytest.mark.slow
+
 CHIP = Chip(flops=1e12, bandwidth=1e15, usable=2**40, source="made up")
 
 

@@ -22,6 +22,8 @@ from gopd_jax.models.params import Lora
 from gopd_jax.objectives import objective
 from gopd_jax.recipe import init_state
 
+pytestmark = pytest.mark.slow
+
 # data, fsdp, tensor, expert, sequence
 BY_TENSOR, BY_FSDP = (2, 1, 2, 1, 2), (1, 2, 1, 1, 4)
 EXACT = objective.build(lam=1.25, loss="exact", reduction="token_mean")

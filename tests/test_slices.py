@@ -16,6 +16,8 @@ from gopd_jax.models.params import logical_axes
 from gopd_jax.planning import abstract, chips
 from gopd_jax.recipe import init_state
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def scattered(monkeypatch):
