@@ -6,7 +6,7 @@ the teacher. Elsewhere it is the policy gradient. Derived from what the survey a
 of it; biased by design, docs/RESULTS.md has its angle to the exact gradient.
 
     python -m gopd_jax.main --config=configs/cr_opd.py
-    python -m gopd_jax.main --config=configs/cr_opd.py:tiny     # two steps, seconds
+    python -m gopd_jax.main --config=configs/cr_opd.py:tiny     # two steps, half a minute
 
 Expected: math 80 %, code 83 % (teachers 81, 81; base 46, 49), in 2 minutes; one run. At the
 budget of docs/RESULTS.md, 16 steps of 64 rows, 81 and 76 % over five seeds (plain OPD 82, 80).

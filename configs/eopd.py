@@ -6,7 +6,7 @@ entropy is above 0.8 nats. arXiv 2603.07079, whose code was not at hand: thresho
 of 1 are defaults of objective.loss. The microworld's teachers are seldom so undecided.
 
     python -m gopd_jax.main --config=configs/eopd.py
-    python -m gopd_jax.main --config=configs/eopd.py:tiny     # two steps, seconds
+    python -m gopd_jax.main --config=configs/eopd.py:tiny     # two steps, half a minute
 
 Expected: math 78 %, code 83 % (teachers 81, 81; base 46, 49), in 2 minutes; one run. At the
 budget of docs/RESULTS.md, 16 steps of 64 rows, 82 and 81 % over five seeds (plain OPD 82, 80).

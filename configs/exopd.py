@@ -4,7 +4,7 @@ A = lambda (log T - log R) - (log S - log R) at each token that the student samp
 of the row's task, R the student's initial weights. arXiv 2602.12125, section 3.
 
     python -m gopd_jax.main --config=configs/exopd.py
-    python -m gopd_jax.main --config=configs/exopd.py:tiny     # two steps, seconds
+    python -m gopd_jax.main --config=configs/exopd.py:tiny     # two steps, half a minute
 
 Expected: math 81 %, code 86 % (teachers 80, 80; base 44, 48), in 2 minutes.
 

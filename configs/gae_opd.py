@@ -6,7 +6,7 @@ Generalised advantage estimation, arXiv 1506.02438, of the reward of distillatio
 2606.22793 names the combination and has not tested it.
 
     python -m gopd_jax.main --config=configs/gae_opd.py
-    python -m gopd_jax.main --config=configs/gae_opd.py:tiny     # two steps, seconds
+    python -m gopd_jax.main --config=configs/gae_opd.py:tiny     # two steps, half a minute
 
 Expected: math 81 %, code 93 % (teachers 81, 81; base 46, 49), in 2 minutes; one run. At the
 budget of docs/RESULTS.md, 16 steps of 64 rows, 83 and 91 % over five seeds (plain OPD 82, 80).

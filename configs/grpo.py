@@ -5,7 +5,7 @@ completion. arXiv 2402.03300. The teachers take no part; they are evaluated besi
 
     python -m gopd_jax.main --config=configs/grpo.py          # on both tasks
     python -m gopd_jax.main --config=configs/grpo.py:math     # on one, "math" or "code"
-    python -m gopd_jax.main --config=configs/grpo.py:tiny     # two steps, seconds
+    python -m gopd_jax.main --config=configs/grpo.py:tiny     # two steps, half a minute
 
 Expected: math 78 %, code 97 % (teachers 81, 81; base 46, 49), in 2 minutes.
 

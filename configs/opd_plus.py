@@ -8,7 +8,7 @@ arXiv 2606.01039. The argument is one of "jsd", "forward_kl", "jeffreys", "helli
 
     python -m gopd_jax.main --config=configs/opd_plus.py                # Jensen-Shannon
     python -m gopd_jax.main --config=configs/opd_plus.py:forward_kl     # or another of those below
-    python -m gopd_jax.main --config=configs/opd_plus.py:tiny     # two steps, seconds
+    python -m gopd_jax.main --config=configs/opd_plus.py:tiny     # two steps, half a minute
 
 Expected: math 80 %, code 80 % (teachers 81, 81; base 46, 49), in 2 minutes; one run. At the
 budget of docs/RESULTS.md, 16 steps of 64 rows, 81 and 81 % over five seeds (plain OPD 82, 80).

@@ -6,7 +6,7 @@ solution, and T's weights are the student's initial ones. No other model takes p
 
     python -m gopd_jax.main --config=configs/opsd.py
     python -m gopd_jax.main --config=configs/opsd.py:ema      # T follows the student, decay 0.9
-    python -m gopd_jax.main --config=configs/opsd.py:tiny     # two steps, seconds
+    python -m gopd_jax.main --config=configs/opsd.py:tiny     # two steps, half a minute
 
 Expected: math 90 %, code 99 % (the start, 44, 49; the teacher, with the solution in sight, 92, 99),
 in 2 minutes.

@@ -9,7 +9,7 @@ alpha, the teacher's entropy in place of a dynamic choice, and no schedule are t
 
     python -m gopd_jax.main --config=configs/reopold.py
     python -m gopd_jax.main --config=configs/reopold.py:entropy
-    python -m gopd_jax.main --config=configs/reopold.py:tiny     # two steps, seconds
+    python -m gopd_jax.main --config=configs/reopold.py:tiny     # two steps, half a minute
 
 Expected: math 78 %, code 80 % (teachers 81, 81; base 46, 49), in 2 minutes; one run. At the
 budget of docs/RESULTS.md, 16 steps of 64 rows, 81 and 82 % over five seeds (plain OPD 82, 80).

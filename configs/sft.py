@@ -4,7 +4,7 @@ A = 1 at each token that the teacher of the row's task sampled: the loss is -log
 that of the forward KL(T || S) on the teachers' text. It is the baseline of arXiv 2602.12125.
 
     python -m gopd_jax.main --config=configs/sft.py
-    python -m gopd_jax.main --config=configs/sft.py:tiny     # two steps, seconds
+    python -m gopd_jax.main --config=configs/sft.py:tiny     # two steps, half a minute
 
 Expected: math 78 %, code 81 % (teachers 81, 81; base 46, 49), in 2 minutes.
 

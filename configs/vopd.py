@@ -7,7 +7,7 @@ learns what is taken off, on top of the closed form.
 
     python -m gopd_jax.main --config=configs/vopd.py
     python -m gopd_jax.main --config=configs/vopd.py:value
-    python -m gopd_jax.main --config=configs/vopd.py:tiny     # two steps, seconds
+    python -m gopd_jax.main --config=configs/vopd.py:tiny     # two steps, half a minute
 
 Expected: math 80 %, code 80 % (teachers 81, 81; base 46, 49), in 2 minutes; one run. At the
 budget of docs/RESULTS.md, 16 steps of 64 rows, 82 and 83 % over five seeds (plain OPD 82, 80).
