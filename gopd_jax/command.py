@@ -20,13 +20,14 @@ import numpy as np
 from absl import flags
 from jax.sharding import Mesh
 
-from gopd_jax import compiling, hub, memory, metrics, records, sharding
+from gopd_jax import compiling, hub, memory, records, sharding
 from gopd_jax.checkpoint import differences
 from gopd_jax.models import hf
 from gopd_jax.models import params as lm_params
 from gopd_jax.models import tokenizer as tokenizers
 from gopd_jax.models.decoder import Decoder
 from gopd_jax.problems import DTYPES
+from gopd_jax.progress import Progress
 
 WRONG_INPUT = 2
 IDENTITY = ".identity.json"  # beside the rows, so that these stay plain
@@ -235,7 +236,7 @@ class Output:
         done, total = self.done, len(self._names)
         with (
             self.path.open("ab", buffering=0) as file,
-            metrics.Progress(total, done, unit="row") as progress,
+            Progress(total, done, unit="row") as progress,
         ):
             if done:
                 progress.note(f"{self.path} has {done} of {total} rows; continuing")
@@ -266,12 +267,7 @@ def define(*, temperature: str) -> flags.FlagValues:
     )
     add(values, "template", None, "Options of the chat template: enable_thinking=False.", str)
     add(values, "dtype", "float32", f"Of the computation: {' or '.join(DTYPES)}.")
-    add(
-        values,
-        "batch",
-        16,
-        "Rows at a time; a multiple of the mesh's devices without those of tensor.",
-    )
+    add(values, "batch", 16, "Rows at a time; a multiple of the devices over mesh.tensor.")
     add(values, "mesh.data", None, "Replicas; unset, the devices that the others leave.", int)
     add(values, "mesh.fsdp", 1, "Shards of weights and rows.")
     add(values, "mesh.expert", 1, "Shards of experts beside those of tensor, and rows.")

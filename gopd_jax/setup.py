@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 
 from gopd_jax import config as settings
-from gopd_jax import data, hub, method, metrics, processes, sharding
+from gopd_jax import data, hub, method, processes, sharding
 from gopd_jax.assembly import adapted, decoder_of, recipe_of, teachers_used, trains_whole, views
 from gopd_jax.evaluate import held_out
 from gopd_jax.method import teachers_of
@@ -17,6 +17,7 @@ from gopd_jax.models import params as lm_params
 from gopd_jax.models import tokenizer as tokenizers
 from gopd_jax.models.decoder import Decoder
 from gopd_jax.objectives import objective
+from gopd_jax.progress import bar
 from gopd_jax.reader import Reader, ends_otherwise, find_context, stop_ids
 from gopd_jax.recipe import Frozen, Recipe
 from gopd_jax.verifiers import verify
@@ -235,7 +236,7 @@ def _load(name: str, model: settings.Model, at: hub.Located, dtype: str, mesh, c
         cfg,
         shardings=where,
         dtype=dtype,
-        progress=lambda work: metrics.bar(work, f"loading {name}", shown),
+        progress=lambda work: bar(work, f"loading {name}", shown),
     )
     return cfg, params, hf.weights_digest(at.directory, **processes.shared_work()), chat
 

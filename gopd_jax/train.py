@@ -15,6 +15,7 @@ from gopd_jax.advance import Stepper, abstract_state, prompts_of
 from gopd_jax.assembly import attention_told
 from gopd_jax.evaluate import evaluate, rows_at_once
 from gopd_jax.method import teachers_of
+from gopd_jax.progress import Progress
 from gopd_jax.recipe import init_state
 from gopd_jax.reporting.watch import Watch
 from gopd_jax.setup import Run, prepare
@@ -116,7 +117,7 @@ def finish(begun: Begun) -> Summary:
         checkpoint.open_manager(workdir, keep=config.checkpoints.keep) as manager,
         # A run without a checkpoint starts over: rows of step 0 are its to write again too.
         metrics.Writer(workdir, resume_step=start if resumed else -1, enabled=first) as writer,
-        metrics.Progress(config.steps, start, enabled=first) as progress,
+        Progress(config.steps, start, enabled=first) as progress,
         contextlib.closing(data.prefetch(prompts_of(this), start + config.sampling.lag)) as batches,
         contextlib.ExitStack() as trace,
     ):
@@ -294,7 +295,7 @@ def _shown(row: dict) -> str:
     return f"{100 * row['accuracy']:.1f} ± {100 * row['stderr']:.1f} %"
 
 
-def _judge(this: Run, writer: metrics.Writer, progress: metrics.Progress):
+def _judge(this: Run, writer: metrics.Writer, progress: Progress):
     """(name, decoder, params, step): evaluate, write the rows, say the result above the bar."""
     c, samplers = this.config, {}
     told = metrics.read_rows(Path(c.workdir) / metrics.EVALUATION)

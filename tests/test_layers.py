@@ -25,7 +25,7 @@ LAYERS = (
     ("heads",),
     ("update",),
     (
-        *("step", "evaluate", "metrics", "signals", "card", "workdir"),
+        *("step", "evaluate", "metrics", "progress", "signals", "card", "workdir"),
         "reporting",
     ),
     ("diagnose", "assembly"),

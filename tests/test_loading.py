@@ -15,7 +15,7 @@ from families import MODELS, random_params
 from rich.console import Console
 from safetensors.numpy import load_file, save_file
 
-from gopd_jax import metrics, setup, sharding
+from gopd_jax import setup, sharding
 from gopd_jax.models import decoder as lm
 from gopd_jax.models import hf, safetensors_in
 from gopd_jax.models import params as lm_params
@@ -230,13 +230,13 @@ def test_frozen_models_stay_as_they_are_stored_and_give_the_same_numbers(tmp_pat
 
 def test_a_bar_is_shown_for_models_that_take_a_while_on_process_0(tmp_path, monkeypatch):
     tiny.build(tmp_path)
-    text, real = io.StringIO(), metrics.bar
+    text, real = io.StringIO(), setup.bar
 
     def bar(work, description, enabled):
         console = Console(file=text, width=100)
         return real(work, description, enabled, console=console, period=0)
 
-    monkeypatch.setattr(metrics, "bar", bar)
+    monkeypatch.setattr(setup, "bar", bar)
     setup.prepare(tiny.config(tmp_path))
     assert text.getvalue() == ""
     monkeypatch.setattr(setup, "SLOW_BYTES", 1)

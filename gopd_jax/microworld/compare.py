@@ -31,6 +31,7 @@ from gopd_jax.microworld.cells import GROUPS, Cell, Scope, cells, identity, pres
 from gopd_jax.models import hf
 from gopd_jax.models import tokenizer as tokenizers
 from gopd_jax.models.decoder import Decoder
+from gopd_jax.progress import bar
 from gopd_jax.reader import Reader
 from gopd_jax.recipe import Recipe
 
@@ -102,7 +103,7 @@ def judge(cell: Cell, shared: Bench) -> dict:
         seed=cell.seed,
         step=0,
         model=cell.name,
-        bar=metrics.bar,
+        bar=bar,
     ).rows
     keys = ("accuracy", "stderr", "length", "truncated")
     return {key: {row["task"]: row[key] for row in rows} for key in keys}

@@ -22,7 +22,6 @@ import numpy as np
 
 from gopd_jax import data, processes, sharding, step
 from gopd_jax.evaluate import completions, evaluate
-from gopd_jax.metrics import bar
 from gopd_jax.microworld import tasks, tokenizer
 from gopd_jax.models import hf
 from gopd_jax.models import params as lm_params
@@ -30,6 +29,7 @@ from gopd_jax.models import tokenizer as tokenizers
 from gopd_jax.models.decoder import Decoder
 from gopd_jax.objectives import objective
 from gopd_jax.optimizer import make_optimizer
+from gopd_jax.progress import bar
 from gopd_jax.reader import Reader, solution
 from gopd_jax.recipe import Frozen, Recipe, init_state
 from gopd_jax.verifiers import verify
