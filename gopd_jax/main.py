@@ -118,7 +118,7 @@ def parse(argv):
 def _check_preset(argv) -> None:
     """Refuse a command line whose preset is not there, or comes after what changes it."""
     settings = [i for i, argument in enumerate(argv) if re.match(r"--?(no)?config\.", argument)]
-    given = [i for i, argument in enumerate(argv) if re.match(r"--?config(=|$)", argument)]
+    given = [i for i, argument in enumerate(argv) if re.match(r"--?config(=.|$)", argument)]
     elsewhere = any(re.match("--?(help|flagfile)", argument) for argument in argv)
     if not given and not elsewhere:
         refuse("no preset is given; begin with --config=configs/exopd.py, say")

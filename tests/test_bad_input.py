@@ -301,6 +301,7 @@ def test_a_preset_that_is_not_there_is_refused_with_those_that_are(parse, capsys
     [
         ((), "no preset is given; begin with --config=configs/exopd.py"),
         (("--config.steps=3",), "no preset is given; begin with --config=configs/exopd.py"),
+        (("--config=",), "no preset is given; begin with --config=configs/exopd.py"),
         (
             ("--config.steps=3", f"--config={tiny.REPOSITORY / 'configs' / 'exopd.py'}"),
             "put --config=..., the preset, before --config.steps=3, which changes it",
