@@ -42,7 +42,7 @@ def _unseen(c, made) -> Iterator[str]:
 
 
 def _unsampled(c) -> Iterator[str]:
-    """How completions are decoded, where none are."""
+    """How completions are decoded, in a step or an evaluation, where that changes nothing."""
     rows, s = c.batch.prompts * c.batch.rollouts, c.sampling
     if c.objective.source == "data":
         kept = {"slots": None, "buckets": 1, "prompt_buckets": 1}

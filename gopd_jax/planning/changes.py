@@ -18,7 +18,6 @@ from gopd_jax.planning.phases import Compiled
 NARROWER = {"buckets": 8, "cache_dtype": "int8", "weights_dtype": "int8"}
 WORTH = 0.05  # of the step's seconds: less is not told
 
-
 Change = tuple[str, settings.Config]  # as flags, and the config that they make
 
 
