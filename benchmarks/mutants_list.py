@@ -1095,8 +1095,8 @@ MUTANTS = (
         (
             "updates-share-forgotten",
             "each of n updates has one n-th of its weight",
-            'rows["reduction_BT"] * n}',
-            'rows["reduction_BT"]}',
+            "rows.replace(reduction_BT=rows.reduction_BT * n)",
+            "rows.replace(reduction_BT=rows.reduction_BT)",
             "test_step_off_policy.py::test_updates_and_epochs_learn_from_advantages_fixed_at_the"
             "_start",
         ),

@@ -111,7 +111,7 @@ def make(
         student=dataclasses.replace(_decoder(of, of.student, dtype), remat=remat),
         teachers=(_decoder(of, of.teacher, dtype),) * of.n_teachers,
         routes=(tuple(range(of.n_teachers)),),
-        reference=_decoder(of, of.student, dtype) if goal.reference else None,
+        reference=_decoder(of, of.student, dtype) if goal.needs_reference else None,
         objective=goal,
         optimizer=optimizer,
         learning_rate=rate,
@@ -139,7 +139,7 @@ def make(
         params=params,
         frozen=Frozen(
             teachers=tuple(_weights(mesh, t, 1 + i) for i, t in enumerate(recipe.teachers)),
-            reference=params if goal.reference else None,
+            reference=params if goal.needs_reference else None,
         ),
         prompts=jax.device_put(prompts, sharding.by_rows(mesh)),
         key=jax.random.key(1),

@@ -80,7 +80,7 @@ class Stepper:
         self.share = sharding.process_share(this.mesh, batch.prompts * batch.rollouts)
         self.key = jax.random.fold_in(jax.random.key(this.config.seed), ROLLOUT_STREAM)
         objective = this.recipe.objective
-        self.fused = None if objective.reward else step.fused(this.recipe)
+        self.fused = None if objective.needs_reward else step.fused(this.recipe)
         self.generate, self.score, self.update = step.staged(this.recipe)
         self.rewarded = step.compiled(
             this.recipe, self._of_rewards, sharding.replicated(this.recipe.mesh)
@@ -88,7 +88,11 @@ class Stepper:
         self.asked = {}  # step -> problems of its completions, where these are not yet learnt from
         self.probe = None
         d = this.config.diagnostics
-        if d.every is not None and objective.teacher and this.config.objective.source == "student":
+        if (
+            d.every is not None
+            and objective.needs_teacher
+            and this.config.objective.source == "student"
+        ):
             self.probe = diagnose.probing(
                 this.recipe,
                 n_rows=d.rows,

@@ -42,7 +42,7 @@ def adapted(c: settings.Config, name: str, model: settings.Model, cfg: ModelConf
 
 def teachers_used(c: settings.Config, goal: Objective) -> tuple[str, ...]:
     """Names of the teachers that score or write, each once, in the order of the tasks."""
-    return teacher_names(c) if goal.teacher or c.objective.source == "teacher" else ()
+    return teacher_names(c) if goal.needs_teacher or c.objective.source == "teacher" else ()
 
 
 def attention_told(c: settings.Config, mesh, roles) -> str:
@@ -86,7 +86,7 @@ def recipe_of(c: settings.Config, mesh, goal, roles, teachers: tuple[str, ...], 
     n_updates = c.batch.updates * c.batch.epochs
     schedule = dataclasses.asdict(c.optimizer)
     schedule["warmup_steps"] *= n_updates
-    head = None if c.critic is None or not goal.critic else c.critic
+    head = None if c.critic is None or not goal.needs_critic else c.critic
     steps = c.steps - (head.warmup_steps if head else 0)  # in which the student learns
     optimizer, rate = make_optimizer(**schedule, steps=steps * n_updates, seed=c.seed)
     routes, mixture = _routes(c, teachers)
@@ -97,7 +97,7 @@ def recipe_of(c: settings.Config, mesh, goal, roles, teachers: tuple[str, ...], 
         teachers=tuple(roles[f"teacher:{name}"].decoder for name in teachers),
         routes=routes,
         mixture=mixture,
-        reference=roles["reference"].decoder if goal.reference else None,
+        reference=roles["reference"].decoder if goal.needs_reference else None,
         objective=goal,
         optimizer=optimizer,
         learning_rate=rate,

@@ -45,7 +45,7 @@ def probing(recipe: Recipe, *, n_rows: int, rollouts: int, top_k: int, options: 
     it anew gives those of the batch. options: of objective.build, of this run. ValueError where the
     objective has no teacher: there is no target to compare with.
     """
-    if not recipe.objective.teacher:
+    if not recipe.objective.needs_teacher:
         raise ValueError("there is no target to compare with: the objective has no teacher")
     index_b, group_rows = _some(recipe, n_rows, rollouts)
     few = dataclasses.replace(
@@ -70,7 +70,7 @@ def probing(recipe: Recipe, *, n_rows: int, rollouts: int, top_k: int, options: 
         wholes = step.score(exact, frozen, rollout)
         want, _ = gradient(exact, state.replace(critic=None), rollout, wholes, frozen)
         found = {}
-        if not recipe.objective.reward or reward_B is not None:
+        if not recipe.objective.needs_reward or reward_B is not None:
             got, _ = gradient(few, state, rollout, scores, frozen)
             found["cosine"] = Mean.one(inspection.cosine(got, want))
         seen = _look(exact, state, rollout, wholes, frozen, top_k, _routing(recipe.objective))

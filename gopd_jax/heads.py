@@ -26,15 +26,15 @@ TARGET = ("target_BT", "teacher_BT", "teacher_entropy_BT", "ref_BT", "local_kl_B
 
 def frozen_heads(recipe, frozen):
     """What of the frozen models makes logits, in device memory; None where none is used."""
-    if not recipe.vocabulary:
+    if not recipe.needs_vocabulary:
         return None
 
     def head(decoder, params):
         return batching.resident(decoder, lm.head_params(decoder, params))
 
-    used = zip(recipe.teachers, frozen.teachers) if recipe.objective.teacher else ()
+    used = zip(recipe.teachers, frozen.teachers) if recipe.objective.needs_teacher else ()
     teachers = tuple(head(decoder, params) for decoder, params in used)
-    if not recipe.objective.reference:
+    if not recipe.objective.needs_reference:
         return teachers, None
     return teachers, head(recipe.reference, frozen.reference)
 
@@ -87,9 +87,9 @@ def read(
     first, width = rollout.n_prompt - 1, ids_BC.shape[1]
     end = first + width
     arrays = {"hidden": hidden_BCD, "ids": ids_BC}
-    if recipe.vocabulary:
+    if recipe.needs_vocabulary:
         arrays["teacher"] = tuple(x[:, :width] for x in scores.teacher_hidden or ())
-        if objective.reference:
+        if objective.needs_reference:
             arrays["ref"] = scores.ref_hidden[:, :width]
 
     def aligned(x_BT):
@@ -132,7 +132,7 @@ def read(
 def _alike(recipe) -> bool:
     """Whether all rows have the same teachers in the same shares: none needs other shards' rows."""
     shares = recipe.routes if recipe.mixture is None else (*recipe.routes, *recipe.mixture.weights)
-    return not recipe.vocabulary or all(len({*of_task}) == 1 for of_task in shares)
+    return not recipe.needs_vocabulary or all(len({*of_task}) == 1 for of_task in shares)
 
 
 def _head(recipe, params, heads, chunk, lam, *, grad, look):
@@ -152,7 +152,7 @@ def _head(recipe, params, heads, chunk, lam, *, grad, look):
     }
     vocabulary = {"student_xV": student_xV, "real_xV": real_xV}
     teacher_xV = mixed_xV = ref_xV = None
-    if recipe.vocabulary:
+    if recipe.needs_vocabulary:
         teacher_xV, mixed_xV, ref_xV = _frozen(recipe, heads, chunk, options, student_xV.shape[-1])
     if ref_xV is not None:
         vocabulary["ref_xV"], found["ref"] = ref_xV, pick(ref_xV, ids_x)

@@ -70,9 +70,9 @@ def roles(config) -> dict:
     """Setting -> Model, of the models that this run loads."""
     c, found = config, {"student": config.student}
     made = goal(c)
-    if made is not None and made.reference and c.reference is not None:
+    if made is not None and made.needs_reference and c.reference is not None:
         found["reference"] = c.reference
-    judged = made is not None and made.teacher
+    judged = made is not None and made.needs_teacher
     asked = judged or c.objective.source == "teacher" or c.evaluation.teachers
     if asked and _readable(c):
         named = (name for name in teacher_names(c) if name in c.teachers)
@@ -93,7 +93,7 @@ def find(config) -> Iterator[str]:
     yield from _rows(c, made)
     yield from _sampling(c)
     measured = objective.TARGETS & {*objective.names(made.advantage)}
-    if made.critic and c.critic is None:
+    if made.needs_critic and c.critic is None:
         begun = "" if measured else " --config.critic.closed_form=False"
         yield (
             f"objective.credit = {o.credit!r} and baseline = {o.baseline!r} need a value of each "
@@ -101,13 +101,13 @@ def find(config) -> Iterator[str]:
         )
     if made.baseline is BASELINES["value"] and "value_BT" in objective.names(made.credit):
         yield "objective.baseline = 'value' is taken off by credit = 'gae' already; use 'none'"
-    if made.critic and c.critic is not None and c.critic.closed_form and not measured:
+    if made.needs_critic and c.critic is not None and c.critic.closed_form and not measured:
         yield (
             f"critic.closed_form = True begins V at minus a state's divergence from the target, "
             f"and objective.advantage = {o.advantage!r} measures none; set "
             "--config.critic.closed_form=False"
         )
-    if made.critic and c.critic is not None and c.steps > 0:
+    if made.needs_critic and c.critic is not None and c.steps > 0:
         before, warm = c.critic.warmup_steps, c.optimizer.warmup_steps
         if c.steps <= before:
             yield (
@@ -142,7 +142,7 @@ def _routes(c) -> Iterator[str]:
 def _roles(c, made) -> Iterator[str]:
     """Roles that the objective lacks, and sources of completions that it cannot learn from."""
     o = c.objective
-    if made.reference and math.isfinite(o.lam) and c.reference is None:
+    if made.needs_reference and math.isfinite(o.lam) and c.reference is None:
         why, other = "log T - log R has no R", "lam = 1"
         own = {"lam_by_row": o.lam_by_row, "task_lam": o.task_lam, "lam_schedule": o.lam_schedule}
         own = {name: value for name, value in own.items() if value not in (False, {}, "constant")}
@@ -170,7 +170,7 @@ def _roles(c, made) -> Iterator[str]:
             "objective.advantage = 'imitation' and objective.source = 'student' teach the student "
             "what it does already; use source = 'teacher' or 'data'"
         )
-    distils = made.teacher or o.source == "teacher"
+    distils = made.needs_teacher or o.source == "teacher"
     missing = [t for t in c.data.tasks if not teachers_of(c, t).keys() <= c.teachers.keys()]
     if distils and missing:
         yield (
@@ -210,7 +210,9 @@ def _rows(c, made) -> Iterator[str]:
             f"divisor of {rows}"
         )
         return
-    whole = made.vocabulary or (made.critic and c.critic is not None and c.critic.closed_form)
+    whole = made.needs_vocabulary or (
+        made.needs_critic and c.critic is not None and c.critic.closed_form
+    )
     shares = [teachers_of(c, task) for task in c.data.tasks]
     if whole and b.buckets != 1 and any(share != shares[0] for share in shares):
         yield (
@@ -268,10 +270,10 @@ def unused(config) -> Iterator[str]:
             f"objective.{key} = {getattr(o, key)} has no effect in "
             f"objective.advantage = {o.advantage!r}"
         )
-    if o.mixture != "probability" and not (made.mixture and made.teacher):
+    if o.mixture != "probability" and not (made.mixture and made.needs_teacher):
         why = "no teacher is learnt from" if made.mixture else "no task has several teachers"
         yield f"objective.mixture = {o.mixture!r} has no effect: {why}"
-    if c.reference is not None and not made.reference:
+    if c.reference is not None and not made.needs_reference:
         why = (
             "objective.lam = 1, where it cancels" if made.drawn else f"advantage = {o.advantage!r}"
         )
@@ -282,11 +284,11 @@ def unused(config) -> Iterator[str]:
             f"teachers {idle} are not loaded: they have no use under data.tasks = {c.data.tasks}, "
             f"advantage = {o.advantage!r} and evaluation.teachers = {c.evaluation.teachers}"
         )
-    if c.critic is not None and not made.critic:
+    if c.critic is not None and not made.needs_critic:
         yield f"critic is not made: credit = {o.credit!r} and baseline = {o.baseline!r} need none"
     # Both measure from the start of the batch, however old its rows are.
     moves = {"objective.loss = 'ppo'": _name(o.loss) == "ppo"}
-    moves["critic.value_clip"] = made.critic and c.critic and c.critic.value_clip is not None
+    moves["critic.value_clip"] = made.needs_critic and c.critic and c.critic.value_clip is not None
     for key in (key for key, there in moves.items() if there):
         if c.batch.updates * c.batch.epochs == 1:
             yield (

@@ -16,7 +16,7 @@ def find(config, made: objective.Objective) -> Iterator[str]:
 
 def _unseen(c, made) -> Iterator[str]:
     """What looks at completions of the student, or at a teacher, where there are none."""
-    if c.diagnostics.every is not None and not made.teacher:
+    if c.diagnostics.every is not None and not made.needs_teacher:
         yield (
             f"diagnostics.every = {c.diagnostics.every} has no effect: they compare with a "
             "teacher, and this objective has none"
@@ -24,10 +24,10 @@ def _unseen(c, made) -> Iterator[str]:
     for key in ("rows", "top_k") if c.diagnostics.every is None else ():
         if (value := getattr(c.diagnostics, key)) != getattr(type(c.diagnostics)(), key):
             yield f"diagnostics.{key} = {value} has no effect: diagnostics.every is none"
-    looks = {"diagnostics.every": c.diagnostics.every if made.teacher else None}
+    looks = {"diagnostics.every": c.diagnostics.every if made.needs_teacher else None}
     # The default is nobody's wish.
     every, default = c.evaluation.verify_every, type(c.evaluation)().verify_every
-    if every != default and made.reward:
+    if every != default and made.needs_reward:
         yield (
             f"evaluation.verify_every = {every} has no effect: the objective is of the verifier's "
             "reward, and every step has verdicts"

@@ -160,7 +160,7 @@ def of_student(probe: Probe) -> list[Check]:
             "position; report this with your config",
         )
     ]
-    if probe.recipe.objective.teacher:
+    if probe.recipe.objective.needs_teacher:
         own = dataclasses.replace(
             probe.recipe,
             teachers=(probe.student.decoder,),
@@ -245,7 +245,7 @@ def _identity(probe: Probe, name: str, role: Role, logp_BT, mask_BT) -> list[Che
             "teacher's directory, not its base"
         )
         checks.append(other("student", probe.student, probe.logp_BT, says))
-    if probe.recipe.objective.reference:
+    if probe.recipe.objective.needs_reference:
         reference = probe.run.roles["reference"]
         its_BT, _ = probe.judge(reference, probe.rollout, probe.view("reference"))
         says = (

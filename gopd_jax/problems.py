@@ -58,7 +58,7 @@ def unused(config) -> list[str]:
     """Settings without effect: allowed, so that one flag can turn a preset into another method."""
     c, found, loaded = config, [*method.unused(config)], method.roles(config)
     made = method.goal(c)
-    if made is not None and made.teacher:
+    if made is not None and made.needs_teacher:
         paths = {name: os.path.realpath(m.path) for name, m in loaded.items() if m.path is not None}
         for name in sorted(name for name in paths if name.startswith("teachers.")):
             model, same = loaded[name], paths[name] == paths.get("reference")

@@ -80,9 +80,9 @@ class Recipe:
         return self.critic is not None and self.critic.closed_form
 
     @property
-    def vocabulary(self) -> bool:
+    def needs_vocabulary(self) -> bool:
         """Whether the frozen models' distributions are needed, not their sampled tokens' alone."""
-        return self.objective.vocabulary or self.closed_form
+        return self.objective.needs_vocabulary or self.closed_form
 
     @property
     def prescored(self) -> bool:

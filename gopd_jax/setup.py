@@ -86,7 +86,7 @@ def prepare(config: settings.Config) -> Run:
         recipe=recipe_of(c, mesh, goal, roles, teachers, stop),
         frozen=Frozen(
             teachers=tuple(roles[f"teacher:{name}"].params for name in teachers),
-            reference=roles["reference"].params if goal.reference else None,
+            reference=roles["reference"].params if goal.needs_reference else None,
             base=lora.split(roles["student"].params)[1],
         ),
         identity=_identity(c, roles, train, test, stop),
@@ -285,7 +285,7 @@ def _check_data(c: settings.Config, train: data.Dataset, test, roles, stop) -> N
     own, other = roles["student"].reader, views(c, roles)
     _try(problems, data.check_lengths, train, own, completion_length=imitates, stop=stop)
     _try(problems, data.check_lengths, test, own)
-    asked = "teachers" in other or c.objective.source == "teacher" or method.goal(c).teacher
+    asked = "teachers" in other or c.objective.source == "teacher" or method.goal(c).needs_teacher
     # A limit holds for a role without a view too: its context was checked against it.
     for task in c.data.tasks if asked else ():
         for name in teachers_of(c, task):

@@ -55,8 +55,8 @@ def score(recipe: Recipe, frozen: Frozen, rollout: Rollout) -> Scores:
     Log-probs of the sampled tokens; hidden states where it needs whole distributions.
     """
     objective, found = recipe.objective, {}
-    whole, before = recipe.vocabulary, None
-    if objective.teacher:
+    whole, before = recipe.needs_vocabulary, None
+    if objective.needs_teacher:
         width = max(decoder.cfg.hidden_size for decoder in recipe.teachers)
         answers = []
         for routes in recipe.routes:
@@ -80,7 +80,7 @@ def score(recipe: Recipe, frozen: Frozen, rollout: Rollout) -> Scores:
             if recipe.mixture is None:
                 found["teacher_entropy_BT"] = answers[0][1]
             found["teacher_BT"] = jnp.where(rollout.mask_BT, found["teacher_BT"], 0.0)
-    if objective.reference:
+    if objective.needs_reference:
         params = batching.resident(recipe.reference, frozen.reference, before)
         read = _states if whole else _logps
         answer = _judged(recipe, recipe.reference, params, rollout, "reference", read)

@@ -8,6 +8,7 @@ critic, or has to outlive the first of several updates, the student scores the b
 import jax
 import jax.numpy as jnp
 import optax
+from flax import struct
 
 from gopd_jax import batching, critic, heads, optimizer
 from gopd_jax.models import lora
@@ -21,6 +22,16 @@ from gopd_jax.types import Mean, Rollout, Scores, TrainState
 NOTHING = Frozen(teachers=(), reference=None)
 # Of the quantities, those that diagnostics report.
 SEEN = ("student_BT", "entropy_BT", "eos_probability_BT", "advantage_BT", "token_reward_BT")
+
+
+@struct.dataclass
+class Rows:
+    """Rows of a batch as the update splits them, and what was computed of them before it."""
+
+    rollout: Rollout
+    scores: Scores
+    reduction_BT: jax.Array  # each token's weight in the loss of the whole batch
+    known: dict[str, jax.Array]  # [B, T] or [B], by the names that entries ask for
 
 
 def update(
@@ -37,7 +48,7 @@ def update(
     rate = recipe.learning_rate(optimizer.n_updates(state.opt_state))
     metrics["learning_rate"] = Mean.one(jnp.where(_student_learns(recipe, state), rate, 0.0))
     state, seen, found = _descend(recipe, one, state, rows)
-    seen |= {name: x for name, x in rows["known"].items() if name in (*SEEN, *heads.TARGET)}
+    seen |= {name: x for name, x in rows.known.items() if name in (*SEEN, *heads.TARGET)}
     metrics |= found | diagnostics(
         rollout,
         one.quantities(rows, seen),
@@ -64,20 +75,21 @@ def _prepared(recipe, state, rollout, scores, frozen):
     objective = recipe.objective
     lam = objective.lam_at(state.step, rollout.lam_B if objective.lam_by_row else None)
     by_row = objective.lam_by_row
-    rows = {
-        "rollout": rollout.replace(teacher=None, reference=None, lam_B=lam if by_row else None),
-        "scores": scores,
-        "reduction_BT": objective.reduction(rollout.mask_BT),
-        "known": {},
-    }
-    if objective.reward:
-        rows["known"]["relative_reward_B"] = group_relative(scores.reward_B, rollout.group_B)
+    known = {}
+    if objective.needs_reward:
+        known["relative_reward_B"] = group_relative(scores.reward_B, rollout.group_B)
+    rows = Rows(
+        rollout=rollout.replace(teacher=None, reference=None, lam_B=lam if by_row else None),
+        scores=scores,
+        reduction_BT=objective.reduction(rollout.mask_BT),
+        known=known,
+    )
     of_heads = heads.frozen_heads(recipe, frozen)
     one = _Piece(recipe, of_heads, frozen.base, None if by_row else lam, state.step)
     metrics = {}
     if recipe.prescored:
         found, metrics = _prescore(recipe, one, state, rows)
-        rows["known"] |= found
+        rows = rows.replace(known=rows.known | found)
     return one, rows, metrics, lam
 
 
@@ -88,17 +100,17 @@ class _Piece:
         self.recipe, self.of_heads, self.base = recipe, of_heads, base
         self.lam, self.step = lam, at_step
 
-    def lam_of(self, rows):
-        return rows["rollout"].lam_B if self.lam is None else self.lam
+    def lam_of(self, rows: Rows):
+        return rows.rollout.lam_B if self.lam is None else self.lam
 
-    def read(self, params, rows, given=None, grad=False):
+    def read(self, params, rows: Rows, given=None, grad=False):
         whole = lora.join(params, self.base)
-        rollout, scores, lam = rows["rollout"], rows["scores"], self.lam_of(rows)
+        rollout, scores, lam = rows.rollout, rows.scores, self.lam_of(rows)
         return heads.read(self.recipe, whole, self.of_heads, rollout, scores, lam, given, grad)
 
-    def quantities(self, rows, seen: dict) -> dict:
+    def quantities(self, rows: Rows, seen: dict) -> dict:
         """Every quantity that entries may name, from what the models said."""
-        rollout, scores, objective = rows["rollout"], rows["scores"], self.recipe.objective
+        rollout, scores, objective = rows.rollout, rows.scores, self.recipe.objective
         n_prompt, width = rollout.n_prompt, rollout.mask_BT.shape[1]
         ids_BT = rollout.tokens_BL[:, 1:]
         q = {
@@ -114,7 +126,7 @@ class _Piece:
             "teacher_BT": scores.teacher_BT,
             "teacher_entropy_BT": scores.teacher_entropy_BT,
             "ref_BT": scores.ref_BT,
-            **rows["known"],
+            **rows.known,
             **seen,
         }
         if "target_BT" not in q and q["teacher_BT"] is not None:
@@ -127,7 +139,7 @@ class _Piece:
             q["log_u_BT"] = q["target_BT"] - q["student_BT"]
         return q
 
-    def weighed(self, rows, seen: dict) -> dict:
+    def weighed(self, rows: Rows, seen: dict) -> dict:
         """{advantage_BT, weight_BT and what diagnostics want} of rows that the student has read."""
         objective, q = self.recipe.objective, self.quantities(rows, seen)
         found = {}
@@ -138,46 +150,61 @@ class _Piece:
             found["weight_BT"] = weight_BT
         return jax.lax.stop_gradient(found)
 
-    def loss(self, trained, rows):
-        """(loss of these rows, what diagnostics want); trained: (params, the critic's or None)."""
+    def loss(self, trained, rows: Rows):
+        """(loss of these rows, (the student's part, the critic's, what diagnostics want)).
+
+        trained: (params, the critic's or None).
+        """
         params, value_params = trained
-        objective, known = self.recipe.objective, rows["known"]
-        given = {f"{name}_x": known[f"{name}_BT"] for name in GIVEN if f"{name}_BT" in known}
-        given["sampler_x"] = rows["rollout"].logp_BT
-        given = given if any(map(over_vocabulary, objective.losses)) else {}
-        found = self.read(params, rows, given, grad=True)
+        found = self.read(params, rows, self.given(rows), grad=True)
+        seen = self.seen(rows, found)
+        loss_BT = jnp.where(rows.rollout.mask_BT, self.loss_of_tokens(rows, found, seen), 0.0)
+        total, value_loss = jnp.sum(rows.reduction_BT * loss_BT), jnp.float32(0)
+        if value_params is not None:
+            value_loss = self.value_loss(value_params, rows, found)
+        kept = {name: seen[name] for name in (*SEEN, *heads.TARGET, "weight_BT") if name in seen}
+        return total + value_loss, (total, value_loss, kept)
+
+    def given(self, rows: Rows) -> dict:
+        """{name: [B, T]} of what losses over the vocabulary take besides the distributions."""
+        if not any(map(over_vocabulary, self.recipe.objective.losses)):
+            return {}
+        names = ("advantage", "student", "target", "ref")
+        found = {f"{name}_x": rows.known.get(f"{name}_BT") for name in names}
+        found["sampler_x"] = rows.rollout.logp_BT
+        return {name: x for name, x in found.items() if x is not None}
+
+    def seen(self, rows: Rows, found: dict) -> dict:
+        """What of the forward pass, and of what was known before, the loss takes as constant."""
         still = jax.lax.stop_gradient(found)
         seen = {name: still[name] for name in (*SEEN, *heads.TARGET) if name in still}
-        seen |= {"student_BT": still["logp_BT"]} | known
-        if "advantage_BT" not in known and "weight_BT" not in known:
+        seen |= {"student_BT": still["logp_BT"]} | rows.known
+        if "advantage_BT" not in rows.known and "weight_BT" not in rows.known:
             seen |= self.weighed(rows, seen)
-        quantities = self.quantities(rows, seen)
+        return seen
+
+    def loss_of_tokens(self, rows: Rows, found: dict, seen: dict):
+        """[B, T]: the weighted loss and the regularizers; anything where nothing was sampled."""
+        objective, quantities = self.recipe.objective, self.quantities(rows, seen)
         at = {f"{name[:-3]}_x": x for name, x in quantities.items() if name.endswith("_BT")}
         at |= {"logp_x": found["logp_BT"]}
-        mask_BT, reduction_BT = rows["rollout"].mask_BT, rows["reduction_BT"]
         loss_BT = found["loss_BT"] if "loss_BT" in found else fed(objective.loss, at)
         if "weight_BT" in seen:
             loss_BT = loss_BT * seen["weight_BT"]
         extra = [found["regularizer_BT"]] if "regularizer_BT" in found else []
         extra += [fed(r, at) for r in objective.regularizers if not over_vocabulary(r)]
-        loss_BT = jnp.where(mask_BT, loss_BT + sum(extra, jnp.zeros(())), 0.0)
-        total, value_loss = jnp.sum(reduction_BT * loss_BT), jnp.float32(0)
-        if value_params is not None:
-            value_BT, _ = values(self.recipe, value_params, found, rows)
-            value_loss_BT = critic.loss(
-                self.recipe.critic, value_BT, known["value_BT"], known["return_BT"]
-            )
-            value_loss = jnp.sum(reduction_BT * jnp.where(mask_BT, value_loss_BT, 0.0))
-        kept = {name: seen[name] for name in (*SEEN, *heads.TARGET, "weight_BT") if name in seen}
-        return total + value_loss, (total, value_loss, kept)
+        return loss_BT + sum(extra, jnp.zeros(()))
+
+    def value_loss(self, value_params, rows: Rows, found: dict):
+        value_BT, _ = values(self.recipe, value_params, found, rows)
+        known, mask_BT = rows.known, rows.rollout.mask_BT
+        loss_BT = critic.loss(self.recipe.critic, value_BT, known["value_BT"], known["return_BT"])
+        return jnp.sum(rows.reduction_BT * jnp.where(mask_BT, loss_BT, 0.0))
 
 
-GIVEN = ("advantage", "student", "target", "ref")
-
-
-def values(recipe, value_params, found: dict, rows):
+def values(recipe, value_params, found: dict, rows: Rows):
     """(V(s_t) [B, T], V behind the last token [B]) from what `heads.read` found."""
-    rollout = rows["rollout"]
+    rollout = rows.rollout
     learnt_BS = critic.value(value_params, found["hidden"])
     n = rollout.tokens_BL.shape[1] - rollout.n_prompt
     value_BT = jnp.pad(learnt_BS[:, :n], ((0, 0), (rollout.n_prompt - 1, 0)))
@@ -187,7 +214,7 @@ def values(recipe, value_params, found: dict, rows):
     return jnp.where(rollout.mask_BT, value_BT, 0.0), after_B
 
 
-def _prescore(recipe, one: _Piece, state, rows):
+def _prescore(recipe, one: _Piece, state, rows: Rows):
     """({name: [B, T]} that is fixed before the first update, metrics of the critic)."""
 
     def judge(rows):
@@ -201,7 +228,7 @@ def _prescore(recipe, one: _Piece, state, rows):
         return seen
 
     def piece(rows):
-        mask_BT = rows["rollout"].mask_BT
+        mask_BT = rows.rollout.mask_BT
         return batching.at_width(lambda rows: ((), judge(rows)), rows, mask_BT, recipe.widths)[1]
 
     ordered, back = _by_length(recipe, rows, recipe.pieces)
@@ -214,12 +241,12 @@ def _prescore(recipe, one: _Piece, state, rows):
     beyond = "value_BT" in names(recipe.objective.credit)
     known["return_BT"] = known["credit_BT"] + (known["value_BT"] if beyond else 0.0)
     explained = critic.explained_variance(
-        known["value_BT"], known["return_BT"], rows["rollout"].mask_BT
+        known["value_BT"], known["return_BT"], rows.rollout.mask_BT
     )
     return known, {"explained_variance": Mean.one(explained)}
 
 
-def _descend(recipe, one: _Piece, state: TrainState, rows):
+def _descend(recipe, one: _Piece, state: TrainState, rows: Rows):
     """(state, what the losses saw {name: [B, T]}, metrics): every update of the batch."""
 
     def gradient(state, rows):
@@ -232,7 +259,7 @@ def _descend(recipe, one: _Piece, state: TrainState, rows):
             return ((loss, value_loss), grads), seen
 
         def add(carry, rows):
-            mask_BT = rows["rollout"].mask_BT
+            mask_BT = rows.rollout.mask_BT
             found, seen = batching.at_width(of_piece, rows, mask_BT, recipe.widths)
             return jax.tree.map(jnp.add, carry, found), seen
 
@@ -254,7 +281,7 @@ def _descend(recipe, one: _Piece, state: TrainState, rows):
         state, (seen, found) = part(state, rows)
         return state, seen, found
     # The reduction's weights are of the whole batch; each update has one n-th of it.
-    rows = rows | {"reduction_BT": rows["reduction_BT"] * n}
+    rows = rows.replace(reduction_BT=rows.reduction_BT * n)
     parts = batching.split(rows, n)
 
     def epoch(state, _):
@@ -267,9 +294,9 @@ def _descend(recipe, one: _Piece, state: TrainState, rows):
     return state, seen, found | {"skipped": Mean.one(found["skipped"].total)}
 
 
-def _by_length(recipe, rows, n: int):
+def _by_length(recipe, rows: Rows, n: int):
     """`batching.sorted_by_length` of the rows that an update splits."""
-    mask_BT = rows["rollout"].mask_BT
+    mask_BT = rows.rollout.mask_BT
     return batching.sorted_by_length(recipe.mesh, rows, mask_BT, n, recipe.widths)
 
 

@@ -150,7 +150,7 @@ def setting(shape=(1, 1, 1), *, teachers=TEACHERS[:2], options=None, **changes) 
         student=model(*STUDENT)[0],
         teachers=tuple(model(*which)[0] for which in teachers),
         routes=((0, 1),),
-        reference=model(*REFERENCE)[0] if goal.reference else None,
+        reference=model(*REFERENCE)[0] if goal.needs_reference else None,
         objective=goal,
         optimizer=optax.sgd(1.0),
         learning_rate=lambda _: 1.0,
@@ -168,7 +168,7 @@ def setting(shape=(1, 1, 1), *, teachers=TEACHERS[:2], options=None, **changes) 
         params=spread(STUDENT),
         frozen=Frozen(
             teachers=tuple(map(spread, teachers)),
-            reference=spread(REFERENCE) if goal.reference else None,
+            reference=spread(REFERENCE) if goal.needs_reference else None,
         ),
         rollout=rollout(),
     )

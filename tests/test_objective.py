@@ -127,16 +127,16 @@ ASKED = [
     # The sampler is always there.
     ({"importance": "token", "rejection": "sequence", "veto": -9.0}, "weighs teacher"),
 ]
-PROPERTIES = ("weighs", "teacher", "reference", "reward", "critic", "normalised", "vocabulary")
-PROPERTIES += ("prescored",)
+NEEDED = ("teacher", "reference", "reward", "critic", "vocabulary")
+PROPERTIES = {name: f"needs_{name}" for name in NEEDED}
+PROPERTIES |= {name: name for name in ("weighs", "normalised", "prescored")}
 
 
 @pytest.mark.parametrize(("settings", "want"), ASKED, ids=str)
 def test_an_objective_asks_for_what_its_mathematics_needs_and_no_more(settings, want):
     made = build(**settings)
-    assert " ".join(name for name in PROPERTIES if getattr(made, name)) == " ".join(
-        name for name in PROPERTIES if name in want.split()
-    )
+    found = {name for name, key in PROPERTIES.items() if getattr(made, key)}
+    assert found == {*want.split()}
 
 
 @pytest.mark.parametrize(
@@ -304,7 +304,7 @@ def test_an_own_entry_is_fed_by_the_names_of_its_parameters(own):
     made = build(**settings)
     assert made.needs >= {"teacher_BT", "student_BT", "reward_B", "mask_BT"}
     # The teacher itself and no target: lambda asks for no reference.
-    assert (made.teacher, made.reward, made.reference, made.vocabulary) == (
+    assert (made.needs_teacher, made.needs_reward, made.needs_reference, made.needs_vocabulary) == (
         True,
         True,
         False,
@@ -321,7 +321,12 @@ def test_an_own_loss_brings_the_models_that_it_names(own):
     assert checks.objective_problems(settings) == []
     made = build(**settings)
     assert made.needs == {*inspect.signature(between).parameters} - {"share"}
-    assert (made.weighs, made.teacher, made.reference, made.vocabulary) == (False, True, True, True)
+    assert (made.weighs, made.needs_teacher, made.needs_reference, made.needs_vocabulary) == (
+        False,
+        True,
+        True,
+        True,
+    )
 
 
 def test_an_own_advantage_of_a_divergence_is_learnt_from_as_it_is(own):

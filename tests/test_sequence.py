@@ -70,7 +70,7 @@ def first_step(setting, shape, model=None, **changes):
             params, base = lora.split(params)
             frozen = frozen.replace(base=base)
     state, key = init_state(recipe, params), jax.random.key(0)
-    if recipe.objective.reward:
+    if recipe.objective.needs_reward:
         generate, score, update = step.staged(recipe)
         rollout = generate(state.params, frozen, prompts, key)
         solved_B = (rollout.mask_BT.sum(1) % 2).astype(jnp.float32)

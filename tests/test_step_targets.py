@@ -74,7 +74,7 @@ def test_a_geometric_mixture_is_normalised_where_a_ratio_is_asked_for():
 def test_what_asks_for_the_vocabulary_does_not_change_what_a_geometric_mixture_is_summed_to(gates):
     options = {"lam": 1.25, "credit": "return_to_go", "gates": gates}
     one = mixed_setting("log", **options)
-    assert one.recipe.vocabulary == bool(gates)  # a gate that lets every token through
+    assert one.recipe.needs_vocabulary == bool(gates)  # a gate that lets every token through
     teacher_BT, ref_BT, student_BT = (
         full.of_tokens(x)
         for x in (mixture("log", False), full.logp_of(full.REFERENCE), full.logp_of(full.STUDENT))

@@ -51,7 +51,7 @@ class Bench:
         recipe = recipe_of(config, run.mesh, goal, run.roles, names, run.recipe.eos_ids)
         frozen = Frozen(
             teachers=tuple(run.roles[f"teacher:{name}"].params for name in names),
-            reference=run.roles["reference"].params if goal.reference else None,
+            reference=run.roles["reference"].params if goal.needs_reference else None,
         )
         return dataclasses.replace(run, config=config, recipe=recipe, frozen=frozen)
 

@@ -194,7 +194,7 @@ def _without_effect(made: Objective, said: dict) -> Iterator[str]:
                     f"objective.{key} is {value!r} and objective.loss {said['loss']!r} has no "
                     "advantage; take it out, or use loss = 'policy_gradient'"
                 )
-    if not over_support(made) and not made.critic:  # a critic's closed form is a divergence
+    if not over_support(made) and not made.needs_critic:  # a critic's closed form is a divergence
         why = "looks at the sampled token alone; use loss = 'exact', or leave it out"
         if over_vocabulary(made.loss):
             why = "chooses ids of its own by its options, teacher_k for one; leave it out"

@@ -34,7 +34,7 @@ def diagnostics(rollout, quantities, *, objective, n_tasks, lam, sampled=True):
     }
     if (advantage_BT := q.get("advantage_BT")) is not None:
         found |= _advantage(advantage_BT, mask_BT)
-    if (reward_BT := q.get("token_reward_BT")) is not None and objective.teacher:
+    if (reward_BT := q.get("token_reward_BT")) is not None and objective.needs_teacher:
         found |= quantiles("token_reward", reward_BT, mask_BT)
     if (clipped_BT := _clipped(q, objective)) is not None:
         found["advantage_clipped"] = Mean.of(clipped_BT, mask_BT)

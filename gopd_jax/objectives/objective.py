@@ -138,7 +138,7 @@ class Objective:
         return self.lam != 1 or self.lam_by_row or self.lam_schedule is not SCHEDULES["constant"]
 
     @property
-    def teacher(self) -> bool:
+    def needs_teacher(self) -> bool:
         return bool(self.needs & (TARGETS | DRAWN))
 
     @property
@@ -146,15 +146,15 @@ class Objective:
         return bool(self.needs & DRAWN)
 
     @property
-    def reference(self) -> bool:
+    def needs_reference(self) -> bool:
         return bool(self.needs & {"ref_BT", "ref_x", "ref_xV"}) or (self.tilts and self.drawn)
 
     @property
-    def reward(self) -> bool:
+    def needs_reward(self) -> bool:
         return bool(self.needs & REWARDS)
 
     @property
-    def critic(self) -> bool:
+    def needs_critic(self) -> bool:
         return bool(self.needs & VALUES)
 
     @property
@@ -168,7 +168,7 @@ class Objective:
         if not (self.tilts or self.mixture == "log"):
             return False
         if self.switches or (self.mixture == "log" and self.ratio_cap is not None):
-            return self.teacher  # a cap and a sign move with that constant
+            return self.needs_teacher  # a cap and a sign move with that constant
         indifferent = {LOSSES["k1"], LOSSES["k2"]}
         linear = self.divergence is DIVERGENCES["reverse_kl"] and self.log_u_clip is None
         if linear and plain(self.advantage) is ADVANTAGES["gopd"]:
@@ -179,7 +179,7 @@ class Objective:
         return any(e not in indifferent and asking & {*names(e)} for e in used if e is not None)
 
     @property
-    def vocabulary(self) -> bool:
+    def needs_vocabulary(self) -> bool:
         """Whether the frozen models' distributions are needed, not their sampled tokens' alone."""
         over = {"target_xV", "target_xS", "ref_xV", "local_kl_BT"}
         mixed = self.mixture is not None and "teacher_entropy_BT" in self.needs
@@ -189,7 +189,7 @@ class Objective:
     def prescored(self) -> bool:
         """Whether the student scores the batch beforehand: rows compared, a critic, `switches`."""
         compares = self.weighs and self.baseline is not None and "credit_BT" in names(self.baseline)
-        return compares or "group_B" in self.needs or self.critic or self.switches
+        return compares or "group_B" in self.needs or self.needs_critic or self.switches
 
     @property
     def switches(self) -> bool:  # between vocabulary and sampled token, by the advantage's sign

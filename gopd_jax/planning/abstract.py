@@ -90,7 +90,7 @@ def prepare(c: settings.Config, devices) -> Run:
         roles=roles,
         frozen=Frozen(
             teachers=tuple(roles[f"teacher:{name}"].params for name in teachers),
-            reference=roles["reference"].params if goal.reference else None,
+            reference=roles["reference"].params if goal.needs_reference else None,
             base=base,
         ),
         prompts=_prompts(c, made, teachers),

@@ -137,7 +137,9 @@ def faster(
     c, now, better = run.config, parts["decode: HBM"], {}
     looped = next(one.work.looped for one in found if one.work.looped.total)
     floor = phases.seconds_computed(looped, topology, mfu)
-    corrected = c.objective.importance in ("none", "token") and not run.recipe.objective.vocabulary
+    corrected = (
+        c.objective.importance in ("none", "token") and not run.recipe.objective.needs_vocabulary
+    )
     for name, value in NARROWER.items():
         if getattr(c.sampling, name) != getattr(settings.Sampling(), name):
             continue

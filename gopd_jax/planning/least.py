@@ -149,8 +149,8 @@ def _evaluate(run: abstract.Run) -> float:
 def _score(run: abstract.Run) -> float:
     made, total = run.recipe, 0.0
     microbatch = sum(made.group_rows) // made.pieces
-    judged = [] if made.objective.reference is False else [(made.reference, sum(made.group_rows))]
-    for routes in made.routes if made.objective.teacher else ():
+    judged = [] if not made.objective.needs_reference else [(made.reference, sum(made.group_rows))]
+    for routes in made.routes if made.objective.needs_teacher else ():
         judged += [(made.teachers[i], n) for i, n in streamed.rows_of(made, routes).items()]
     for decoder, rows in judged:
         total += -(-rows // microbatch) * _gathered(made.mesh, decoder)

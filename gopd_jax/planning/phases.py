@@ -102,7 +102,7 @@ def used_by(run: abstract.Run) -> tuple[str, ...]:
 
     And evaluation's, of a model that the step does not sample from, or not in the same way.
     """
-    steps = STEP[:3] if run.recipe.objective.reward else ("fused",)
+    steps = STEP[:3] if run.recipe.objective.needs_reward else ("fused",)
     return (*steps, "evaluate") if evaluated.names(run) else steps
 
 
@@ -116,7 +116,7 @@ def possible(run: abstract.Run, names: tuple[str, ...]) -> tuple[str, ...]:
             "(evaluation.teachers), no other numbers (sampling.cache_dtype, sampling.weights_dtype)"
         )
     names = left
-    if run.recipe.objective.reward:  # the host works between the stages
+    if run.recipe.objective.needs_reward:  # the host works between the stages
         names = tuple(name for name in names if name != "fused")
     if not names:
         raise ValueError(
@@ -168,7 +168,7 @@ def programs(run: abstract.Run, names: tuple[str, ...]) -> Iterator[Program]:
     if {"score", "update"} & {*names}:
         traced = score.trace(followed, rollout)
         scores = laid(traced.out_info)
-        if made.objective.reward:
+        if made.objective.needs_reward:
             scores = scores.replace(
                 reward_B=jax.ShapeDtypeStruct(rollout.ended_B.shape, "float32", sharding=rows)
             )

@@ -53,9 +53,9 @@ def brought(run: abstract.Run, name: str) -> tuple[int, int]:
             whole, stacks = _parts(decoder, params)
             before += whole
             beside += stacks * step.judging_turns(made, n_rows)
-    if name in ("update", "fused") and made.vocabulary:
-        used = [*zip(made.teachers, frozen.teachers)] if made.objective.teacher else []
-        used += [(made.reference, frozen.reference)] if made.objective.reference else []
+    if name in ("update", "fused") and made.needs_vocabulary:
+        used = [*zip(made.teachers, frozen.teachers)] if made.objective.needs_teacher else []
+        used += [(made.reference, frozen.reference)] if made.objective.needs_reference else []
         before += sum(there(lm.head_params(*one)) for one in used if one[1] is not None)
     return before, beside
 
@@ -84,11 +84,11 @@ def _judges(run: abstract.Run):
     """(decoder, params, rows) of each time that a frozen model scores."""
     made, frozen = run.recipe, run.frozen
     shards = sharding.n_row_shards(made.mesh)
-    if made.objective.teacher:
+    if made.objective.needs_teacher:
         for routes in made.routes:
             for i, rows in rows_of(made, routes).items():
                 yield made.teachers[i], frozen.teachers[i], -(-rows // shards) * shards
-    if made.objective.reference:
+    if made.objective.needs_reference:
         yield made.reference, frozen.reference, sum(made.group_rows)
 
 
