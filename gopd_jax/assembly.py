@@ -6,12 +6,12 @@ from gopd_jax import config as settings
 from gopd_jax import data, sharding
 from gopd_jax.critic import Critic
 from gopd_jax.method import teacher_names, teachers_of
-from gopd_jax.models import attention
+from gopd_jax.models import attention, lora
 from gopd_jax.models.decoder import Decoder
 from gopd_jax.models.params import Lora, ModelConfig
 from gopd_jax.objectives.objective import Objective
 from gopd_jax.optimizer import make_optimizer
-from gopd_jax.recipe import Mixture, Recipe
+from gopd_jax.recipe import Frozen, Mixture, Recipe
 
 
 def decoder_of(c: settings.Config, mesh, cfg: ModelConfig, model: settings.Model) -> Decoder:
@@ -43,6 +43,15 @@ def adapted(c: settings.Config, name: str, model: settings.Model, cfg: ModelConf
 def teachers_used(c: settings.Config, goal: Objective) -> tuple[str, ...]:
     """Names of the teachers that score or write, each once, in the order of the tasks."""
     return teacher_names(c) if goal.needs_teacher or c.objective.source == "teacher" else ()
+
+
+def frozen_of(roles, goal: Objective, teachers: tuple[str, ...]) -> Frozen:
+    """What no gradient reaches, of roles and teachers as in `recipe_of`."""
+    return Frozen(
+        teachers=tuple(roles[f"teacher:{name}"].params for name in teachers),
+        reference=roles["reference"].params if goal.needs_reference else None,
+        base=lora.split(roles["student"].params)[1],
+    )
 
 
 def attention_told(c: settings.Config, mesh, roles) -> str:

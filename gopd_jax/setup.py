@@ -9,7 +9,15 @@ import jax
 
 from gopd_jax import config as settings
 from gopd_jax import data, hub, method, processes, sharding
-from gopd_jax.assembly import adapted, decoder_of, recipe_of, teachers_used, trains_whole, views
+from gopd_jax.assembly import (
+    adapted,
+    decoder_of,
+    frozen_of,
+    recipe_of,
+    teachers_used,
+    trains_whole,
+    views,
+)
 from gopd_jax.evaluate import held_out
 from gopd_jax.method import teachers_of
 from gopd_jax.models import hf, lora
@@ -84,11 +92,7 @@ def prepare(config: settings.Config) -> Run:
         train=train,
         test=test,
         recipe=recipe_of(c, mesh, goal, roles, teachers, stop),
-        frozen=Frozen(
-            teachers=tuple(roles[f"teacher:{name}"].params for name in teachers),
-            reference=roles["reference"].params if goal.needs_reference else None,
-            base=lora.split(roles["student"].params)[1],
-        ),
+        frozen=frozen_of(roles, goal, teachers),
         identity=_identity(c, roles, train, test, stop),
     )
 

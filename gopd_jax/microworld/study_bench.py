@@ -16,14 +16,14 @@ import numpy as np
 
 from gopd_jax import diagnose, drawing, heads, method, metrics, setup, sharding, step
 from gopd_jax.advance import ROLLOUT_STREAM, Stepper, prompts_of
-from gopd_jax.assembly import recipe_of
+from gopd_jax.assembly import frozen_of, recipe_of
 from gopd_jax.config import Config
 from gopd_jax.evaluate import evaluate
 from gopd_jax.microworld.compare import EVALUATION_ROWS, held_out
 from gopd_jax.objectives import objective
 from gopd_jax.objectives.objective import fed
 from gopd_jax.objectives.supports import supported
-from gopd_jax.recipe import Frozen, init_state
+from gopd_jax.recipe import init_state
 from gopd_jax.setup import Run
 from gopd_jax.types import TrainState
 from gopd_jax.update import gradient
@@ -49,10 +49,7 @@ class Bench:
         run, goal = self.run, objective.build(**method.settings(config))
         names = tuple(config.teachers)
         recipe = recipe_of(config, run.mesh, goal, run.roles, names, run.recipe.eos_ids)
-        frozen = Frozen(
-            teachers=tuple(run.roles[f"teacher:{name}"].params for name in names),
-            reference=run.roles["reference"].params if goal.needs_reference else None,
-        )
+        frozen = frozen_of(run.roles, goal, names)
         return dataclasses.replace(run, config=config, recipe=recipe, frozen=frozen)
 
     def judge(self, params, seed: int, n_problems: int, n_samples: int) -> dict:

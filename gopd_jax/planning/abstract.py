@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from gopd_jax import config as settings
 from gopd_jax import hub, method, recipe, setup, sharding
-from gopd_jax.assembly import adapted, decoder_of, recipe_of, teachers_used, trains_whole
+from gopd_jax.assembly import adapted, decoder_of, frozen_of, recipe_of, teachers_used, trains_whole
 from gopd_jax.models import lora
 from gopd_jax.models import params as lm_params
 from gopd_jax.models.decoder import Decoder
@@ -83,16 +83,11 @@ def prepare(c: settings.Config, devices) -> Run:
     teachers = teachers_used(c, goal)
     stop = _stop_ids(c, roles["student"].decoder.cfg)
     made = recipe_of(c, mesh, goal, roles, teachers, stop)
-    _, base = lora.split(roles["student"].params)
     return Run(
         config=c,
         recipe=made,
         roles=roles,
-        frozen=Frozen(
-            teachers=tuple(roles[f"teacher:{name}"].params for name in teachers),
-            reference=roles["reference"].params if goal.needs_reference else None,
-            base=base,
-        ),
+        frozen=frozen_of(roles, goal, teachers),
         prompts=_prompts(c, made, teachers),
         key=_laid(jax.eval_shape(lambda: jax.random.key(0)), sharding.replicated(mesh)),
     )
