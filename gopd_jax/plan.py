@@ -116,10 +116,10 @@ def report(this: Plan) -> str:
     run, topology = this.run, this.topology
     c, mesh, chip = this.config, run.recipe.mesh, topology.chip
     axes = " x ".join(f"{name} {size}" for name, size in sharding.shape(mesh).items())
-    rows = sum(run.recipe.group_rows)
+    rows, n = sum(run.recipe.group_rows), len(topology.devices)
     limit = "no limit is known" if chip is None else f"of {chip.usable / GIB:.2f} GiB"
     lines = [
-        f"{topology.name}: {len(topology.devices)} devices, mesh {axes}; {rows} rows of "
+        f"{topology.name}: {n} device{'' if n == 1 else 's'}, mesh {axes}; {rows} rows of "
         f"{c.data.prompt_length} + {c.sampling.completion_length} tokens",
         *(f"  {name:<18} {_role(role)}" for name, role in run.roles.items()),
         "",
@@ -160,10 +160,10 @@ def _estimate(this: Plan) -> list[str]:
     recipe = this.run.recipe
     tokens = sum(recipe.group_rows) * recipe.completion_length
     lines = ["", "ESTIMATE of seconds, a roofline (nothing was run)"]
-    lines += [f"{name:<26} {seconds:10.2f} s" for name, seconds in parts.items()]
+    lines += [f"{name:<26} {_seconds(seconds):>12}" for name, seconds in parts.items()]
     worst = max(parts, key=parts.get)
     lines.append(
-        f"{'all of these':<26} {total:10.2f} s, {tokens / total:,.0f} sampled tokens/s; "
+        f"{'all of these':<26} {_seconds(total):>12}, {tokens / total:,.0f} sampled tokens/s; "
         f"most of it is {worst}"
     )
     if large := [one.name for one in this.too_large]:
@@ -172,8 +172,12 @@ def _estimate(this: Plan) -> list[str]:
         lines.append("faster by this estimate, each alone and not compiled:")
         for told, seconds in this.faster.items():
             other = "; another sampler, docs/eight_bits.md" if "int8" in told else ""
-            lines.append(f"  {told}: {seconds:.2f} s less{other}")
+            lines.append(f"  {told}: {_seconds(seconds)} less{other}")
     return [*lines, *(f"  assumed: {text}" for text in phases.assumed(this.run))]
+
+
+def _seconds(x: float) -> str:
+    return f"{x:.2f} s" if x >= 0.1 else f"{1e3 * x:.3g} ms"
 
 
 def to_json(this: Plan, verdict: str, change: str | None) -> dict:
@@ -219,8 +223,9 @@ def _decode(run: abstract.Run, one: Compiled) -> dict | None:
 def _role(role: abstract.Role) -> str:
     cfg = role.decoder.cfg
     shape = f"{cfg.architecture}, {cfg.num_hidden_layers} layers of {cfg.hidden_size}"
-    size = sum(x.size for x in abstract.leaves(role.params)) / 1e9
-    kept = "follows the student" if role.params is None else f"{size:.2f} G params, {role.stored}"
+    n = sum(x.size for x in abstract.leaves(role.params))
+    size = f"{n / 1e9:.2f} G" if n >= 1e7 else f"{n / 1e6:.2f} M"
+    kept = "follows the student" if role.params is None else f"{size} params, {role.stored}"
     computes = f"computes in {role.decoder.dtype}, attends by {role.decoder.attention}"
     return f"{shape}, {kept}, {computes}"
 

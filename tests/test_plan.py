@@ -208,7 +208,7 @@ def test_what_would_be_faster_is_less_to_read(exopd, monkeypatch):
     ((flags, least),) = there.faster.items()  # of so small a model the cache is little
     assert flags == "--config.sampling.weights_dtype=int8 --config.objective.importance=token"
     text = plan.report(there).partition("ESTIMATE")[2]
-    assert f"\n  {flags}: {least:.2f} s less; another sampler, docs/eight_bits.md\n" in text
+    assert f"\n  {flags}: {1e3 * least:.3g} ms less; another sampler, docs/eight_bits.md\n" in text
     assert plan.to_json(there, "", None)["faster"] == {flags: least}
     monkeypatch.setattr(changes, "WORTH", 0.0)
     buckets, cache, matrices = estimated(this, parts).faster.items()

@@ -229,6 +229,20 @@ def test_a_plan_for_a_tpu_attends_as_the_run_would():
 
 @pytest.mark.tpu
 @pytest.mark.usefixtures("needs_libtpu")
+def test_one_chip_is_a_topology_though_hosts_have_four():
+    done = command(
+        *("--config=configs/exopd.py:tiny", "--topology=v6e:1x1", "--phase=score", "--nochanges")
+    )
+    assert done.returncode == 0, done.stderr
+    assert "v6e:1x1: 1 device, mesh data 1 x fsdp 1 x tensor 1;" in done.stdout
+    assert "of 31.25 GiB" in done.stdout
+    assert " M params, float32" in done.stdout
+    assert len(chips.topology("v5e:1x1").devices) == 1
+    assert len(chips.topology("2xv5e:1x1").devices) == 2
+
+
+@pytest.mark.tpu
+@pytest.mark.usefixtures("needs_libtpu")
 def test_a_config_that_cannot_fit_a_tpu_is_told_so():
     teachers = [f"--config.teachers.{task}.path=Qwen/Qwen3-32B" for task in ("math", "code")]
     done = command(

@@ -53,8 +53,8 @@ FLOAT32_PASSES = 6
 # https://jax-ml.github.io/scaling-book/tpus. Chips that share a host's memory may get less.
 HOST_LINK = 15e9
 FORM = (
-    "give KIND:SHAPE, such as v5e:4x4, v5p:4x4x4 or v6e:8x8, 2xv5e:4x4 for two slices of it; or "
-    "cpu:8 to try it without libtpu"
+    "give KIND:SHAPE, such as v5e:1x1, v5e:4x4, v5p:4x4x4 or v6e:8x8, 2xv5e:4x4 for two slices of "
+    "it; or cpu:8 to try it without libtpu"
 )
 
 
@@ -83,9 +83,11 @@ def topology(name: str) -> Topology:
     from jax.experimental import topologies
 
     one = f"{kind}:{'x'.join(map(str, shape))}"
-    several = {"num_slices": slices} if slices > 1 else {}
+    options = {"num_slices": slices} if slices > 1 else {}
+    if math.prod(shape) == 1:  # else libtpu divides it into hosts of 2x2 chips
+        options["chips_per_host_bounds"] = (1, 1, 1)
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=one, **several)
+        found = topologies.get_topology_desc(platform="tpu", topology_name=one, **options)
     except (RuntimeError, ValueError) as error:  # among them jax.errors.JaxRuntimeError
         why = " ".join(str(error).split())[:200]
         raise ValueError(f"libtpu has no topology {name}: {why}; {FORM}") from error
