@@ -35,9 +35,11 @@ def _dense(layers: int, width: int, heads: int, mlp: int, tied: bool) -> dict:
 
 
 PUBLISHED = {
+    "Qwen/Qwen3-0.6B": _dense(28, 1024, 16, 3072, True),
     "Qwen/Qwen3-1.7B": _dense(28, 2048, 16, 6144, True),
     "Qwen/Qwen3-4B": _dense(36, 2560, 32, 9728, True),
     "Qwen/Qwen3-8B": _dense(36, 4096, 32, 12288, False),
+    "Qwen/Qwen3-14B": _dense(40, 5120, 40, 17408, False),
     "Qwen/Qwen3-32B": _dense(64, 5120, 64, 25600, False),
     "Qwen/Qwen3-30B-A3B": _dense(48, 2048, 32, 6144, False)
     | {
