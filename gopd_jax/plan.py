@@ -34,6 +34,7 @@ from gopd_jax.planning import (
 )
 from gopd_jax.planning.chips import GIB, Topology
 from gopd_jax.planning.phases import PHASES, Compiled
+from gopd_jax.progress import plain
 
 flags.declare_key_flag("config")  # for --help
 TOPOLOGY = flags.DEFINE_string(
@@ -259,7 +260,7 @@ def main(argv):
     console = Console(stderr=True)
 
     def say(text: str) -> None:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        plain(console, text)
 
     try:
         if TOPOLOGY.value is None:

@@ -31,6 +31,11 @@ def _figures(row: dict[str, float], timing: dict[str, float]) -> str:
     return "  ".join(form.format(x) for x, form in shown if x is not None)
 
 
+def plain(console: Console, text: str) -> None:
+    """Print a line as it is: microworld:train:math is no emoji, and a list of names no style."""
+    console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+
 class Progress:
     """A live bar of a run's steps on a terminal; elsewhere a plain line every `period` seconds.
 
@@ -86,7 +91,7 @@ class Progress:
     def note(self, text: str) -> None:
         """Print a line above the bar."""
         if self._enabled:
-            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+            plain(self._console, text)
 
     def bar(self, work: Iterable | int, description: str) -> Iterator:
         """As the function `bar`, below this bar."""
@@ -135,8 +140,8 @@ def bar(
                 text = f"{_clock_text((now - start) / done * (total - done))} left"
             shown.update(task, completed=done, text=text)
             if not live and now - printed >= period:
-                printed, line = now, f"{description} {done}/{total or '?'}  {text}".rstrip()
-                console.print(line, markup=False, highlight=False, soft_wrap=True)
+                printed = now
+                plain(console, f"{description} {done}/{total or '?'}  {text}".rstrip())
     finally:
         shown.remove_task(task)
         if live and rich is None:

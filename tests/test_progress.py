@@ -45,6 +45,15 @@ def test_progress_on_a_terminal_keeps_notes_and_erases_its_bar():
     assert text.endswith("\x1b[2K")  # the line that held the bar is cleared
 
 
+def test_what_rich_would_take_for_an_emoji_stays_the_name_of_a_source():
+    clock, file = Clock(), io.StringIO()
+    console, name = Console(file=file), "microworld:train:math"
+    Progress(3, console=console).note(f"give {name}")
+    for _ in bar("a", name, console=console, clock=clock):
+        clock.now += 6.0
+    assert file.getvalue().splitlines() == [f"give {name}", f"{name} 1/1  0:00 left"]
+
+
 def test_a_disabled_progress_and_bar_print_nothing():
     file = io.StringIO()
     with Progress(3, enabled=False, console=Console(file=file, force_terminal=True)) as progress:
