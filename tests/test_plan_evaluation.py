@@ -87,6 +87,15 @@ def test_rows_down_to_one_a_device_are_tried_then_no_teachers(this, monkeypatch)
     assert plan.verdict_of(without) == "fits: fused on cpu:8"
 
 
+@pytest.mark.parametrize(("rows", "fewer"), [(24, [8]), (72, [32, 16, 8]), (8, [])])
+def test_rows_that_are_no_power_of_two_come_down_to_one_a_device_too(root, rows, fewer):
+    c = tiny.config(root, batch={"prompts": 96}, evaluation={"rows": rows})
+    mesh = setup.checked_mesh(c)
+    found = [*changes.smaller_evaluation(c, mesh)]
+    assert [told for told, _ in found] == [*(f"{ROWS}{n}" for n in fewer), WITHOUT]
+    assert all(setup.checked_mesh(config).shape == mesh.shape for _, config in found)
+
+
 def test_fewer_rows_of_an_evaluation_are_what_it_takes(root):
     mesh = Mesh(data=2, fsdp=2, tensor=2)
     few = abstract.prepare(large(root, mesh=mesh, evaluation={"rows": 16}), jax.devices())

@@ -30,9 +30,10 @@ def smaller_evaluation(c: settings.Config, mesh) -> Iterator[Change]:
     """Those that leave the step as it is: fewer rows of an evaluation at one time, down to one a
     shard, of which nothing but its seconds changes; then no teachers in it.
     """
-    rows, shards = rows_at_once(c), sharding.n_decode_shards(mesh)
-    while rows % 2 == 0 and (rows := rows // 2) % shards == 0:
-        yield changed(c, {"evaluation.rows": rows})
+    shards = sharding.n_decode_shards(mesh)
+    each = rows_at_once(c) // shards
+    while each := each // 2:
+        yield changed(c, {"evaluation.rows": each * shards})
     if c.evaluation.teachers and c.teachers:
         yield changed(c, {"evaluation.teachers": False})
 
