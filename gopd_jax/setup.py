@@ -105,7 +105,10 @@ def checked_mesh(c: settings.Config, *, devices=None, files: bool = True) -> jax
     problems = c.problems(files=files)
     axes = c.mesh.data, c.mesh.fsdp, c.mesh.tensor
     more = {name: getattr(c.mesh, name) for name in ("expert", "sequence", "slices")}
+    held = {"sampling.slots": c.sampling.slots, "evaluation.rows": c.evaluation.rows}
+    held = {key: n for key, n in held.items() if n is not None}
     sizes = (*axes[1:], axes[0] or 1, *more.values(), c.batch.prompts, c.batch.rollouts)
+    sizes = (*sizes, c.batch.updates, c.batch.microbatches, *held.values())
     if not all(isinstance(size, int) and size > 0 for size in sizes):
         _refuse(problems)  # which has them
     mesh = _try(problems, sharding.make_mesh, *axes, **more, devices=devices)
@@ -117,17 +120,16 @@ def checked_mesh(c: settings.Config, *, devices=None, files: bool = True) -> jax
         decoding = sharding.n_decode_shards(mesh)
         pieces = c.batch.updates * c.batch.microbatches
         keys = "batch.updates * batch.microbatches" if several else "batch.microbatches"
-        if share and pieces > 0 and not rows % pieces and rows // pieces % shards:
+        if share and not rows % pieces and rows // pieces % shards:
             problems.append(
                 f"a microbatch of {rows} / {keys} = {rows} / {pieces} = {rows // pieces} rows does "
                 f"not divide over {sharding.told_shards(mesh)} = {shards}; choose fewer {keys}"
             )
         over = sharding.told_shards(mesh, sharding.DECODE_ROWS)
-        held = {"sampling.slots": c.sampling.slots, "evaluation.rows": c.evaluation.rows}
         problems += [
             f"{key} = {n} does not divide over {over} = {decoding}; choose a multiple of {decoding}"
             for key, n in held.items()
-            if n is not None and n % decoding
+            if n % decoding
         ]
     _refuse(problems)
     return mesh
