@@ -44,12 +44,16 @@ def _unseen(c, made) -> Iterator[str]:
 def _unsampled(c) -> Iterator[str]:
     """How completions are decoded, in a step or an evaluation, where that changes nothing."""
     rows, s = c.batch.prompts * c.batch.rollouts, c.sampling
+    evaluated, alone = min(rows, c.evaluation.rows or rows), "and evaluations alone decode so"
+    of_slots = alone
+    if s.slots is not None and s.slots >= evaluated:
+        of_slots = f"nor in an evaluation, of {evaluated} rows at one time"
     if c.objective.source == "data":
         kept = {"slots": None, "buckets": 1, "prompt_buckets": 1}
         for key in (key for key, plain in kept.items() if getattr(s, key) != plain):
             yield (
                 f"sampling.{key} = {getattr(s, key)} has no effect in a step, which samples "
-                "nothing: objective.source is 'data', and evaluations alone decode so"
+                f"nothing: objective.source is 'data', {of_slots if key == 'slots' else alone}"
             )
         if (n := c.batch.rollouts) > 1:
             yield (
@@ -64,7 +68,7 @@ def _unsampled(c) -> Iterator[str]:
         if s.slots >= most:
             yield (
                 f"sampling.slots = {s.slots} has no effect in a step, in which a teacher writes "
-                f"{most} rows at most; evaluations alone decode so"
+                f"{most} rows at most, {of_slots}"
             )
     if (few := c.evaluation.rows) is not None and few >= rows:
         yield (

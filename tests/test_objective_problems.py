@@ -365,10 +365,15 @@ NOTED = [
         for mass in ("raw", "renormalised")
     ),
     ({"sampling.slots": 4096}, "sampling.slots = 4096 has no effect: a step samples 256 rows"),
+    (DATA | {"sampling.slots": 4096}, "slots = 4096 has no .* nor in an evaluation, of 256 rows"),
+    *(
+        (DATA | who | {"sampling.slots": 128, "evaluation.rows": 128}, "evaluation, of 128 rows at")
+        for who in ({}, {"objective.source": "teacher"})
+    ),
     ({"evaluation.rows": 256}, "evaluation.rows = 256 has no effect: .* than a step's 256 rows"),
     (
         DATA | {"objective.source": "teacher", "sampling.slots": 128},
-        "slots = 128 has no effect in a step, in which a teacher writes 128 rows at most; evaluat",
+        "slots = 128 has no effect in a step, .* teacher writes 128 rows at most, and evaluat",
     ),
     (
         {"objective.advantage": "grpo", "batch.rollouts": 8, "diagnostics.every": 5},
