@@ -139,7 +139,7 @@ def report(this: Plan) -> str:
     if "evaluate" in (one.name for one in this.found):
         several = f", which needs most of {names}" if len(names := evaluated.names(run)) > 1 else ""
         one = evaluated.largest(run)
-        few = f", {one.n_rows} rows at a time" if one.n_rows < rows else ""
+        few = f", {one.at_once} rows at a time" if one.at_once < rows else ""
         lines.append(f"evaluate samples from {one.name}{several}{few}")
     if away := max((one.memory.host for one in this.found if one.memory is not None), default=0):
         lines.append(f"in host memory{away / GIB:12.3f} beside these, for each device")

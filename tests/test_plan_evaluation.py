@@ -243,6 +243,14 @@ def test_slots_hold_fewer_rows_of_an_evaluation_too(root):
     assert works[0] == works[1]
 
 
+@pytest.mark.parametrize(("slots", "rows", "told"), [(8, 16, 8), (8, None, 8), (16, 8, 8)])
+def test_rows_at_a_time_are_told_as_slots_hold_them(root, this, slots, rows, told):
+    options = {"sampling": {"slots": slots}, "evaluation": {"rows": rows}}
+    run = abstract.prepare(tiny.config(root, batch={"prompts": 32}, **options), jax.devices())
+    text = plan.report(dataclasses.replace(this, config=run.config, run=run))
+    assert f"['teacher:math', 'teacher:code'], {told} rows at a time\n" in text
+
+
 def test_a_teacher_on_the_host_comes_in_for_its_evaluation(root):
     def guessed(placement):
         model = {"path": str(root / "large"), "placement": placement}
