@@ -51,7 +51,7 @@ def probing(recipe: Recipe, *, n_rows: int, rollouts: int, top_k: int, options: 
     few = dataclasses.replace(
         recipe, group_rows=group_rows, microbatches=1, buckets=1, updates=1, epochs=1, lag=0
     )
-    exact = dataclasses.replace(few, objective=_exact(options), critic=None)
+    exact = dataclasses.replace(few, objective=_exact(recipe.objective, options), critic=None)
 
     def take(tree):
         few = jax.tree.map(lambda x: x[index_b], tree)
@@ -101,9 +101,11 @@ def _some(recipe: Recipe, n_rows: int, rollouts: int):
     return np.concatenate(index), tuple(map(len, index))
 
 
-def _exact(options: dict) -> objective.Objective:
+def _exact(goal: objective.Objective, options: dict) -> objective.Objective:
     """The direct loss towards the same target, over the whole vocabulary, reduced alike."""
-    of_target = ("lam", "lam_schedule", "lam_by_row", "ratio_cap", "mixture", "divergence")
+    of_target = ("mixture", "divergence")
+    if goal.drawn:  # else the teacher's own figures alone are asked for: no reference tilts it
+        of_target += ("lam", "lam_schedule", "lam_by_row", "ratio_cap")
     # Tokens that weigh otherwise would turn the gradient, whatever the estimator.
     kept = {name: options[name] for name in (*of_target, "reduction") if name in options}
     return objective.build(**kept, loss="exact")

@@ -157,13 +157,15 @@ def _head(recipe, params, heads, chunk, lam, *, grad, look):
     if ref_xV is not None:
         vocabulary["ref_xV"], found["ref"] = ref_xV, pick(ref_xV, ids_x)
     if teacher_xV is not None:
+        found["teacher"] = pick(teacher_xV, ids_x)
+        found["teacher_entropy"] = scoring.entropy(teacher_xV, real_V)
+    # Where the teacher's own figures alone are asked for, a tilted target lacks its reference.
+    if teacher_xV is not None and (ref_xV is not None or not objective.tilts):
         lam_x, lam_xV = along(lam, 1), along(lam, 2)
         target_xV = tilted_distribution(
             teacher_xV, ref_xV, real_xV, lam=lam_xV, cap=objective.ratio_cap
         )
         vocabulary["target_xV"] = target_xV
-        found["teacher"] = pick(teacher_xV, ids_x)
-        found["teacher_entropy"] = scoring.entropy(teacher_xV, real_V)
         # As where only the sampled tokens are scored, whatever asked for the vocabulary here.
         if objective.normalised:
             found["target"], mixed_xV = pick(target_xV, ids_x), teacher_xV

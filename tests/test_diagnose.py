@@ -284,6 +284,15 @@ def test_a_figure_is_absent_where_it_makes_no_sense(options, verified, more):
     assert {name.removeprefix("probe/") for name in found} == ALWAYS | more
 
 
+def test_the_target_is_the_teacher_where_its_own_entropy_alone_is_asked_for():
+    """Whatever lambda is: nothing is tilted by it, and the reference is not loaded."""
+    gated = {"advantage": "grpo", "gates": ("teacher_entropy(at_most=3.65)",)}
+    tilted = {"lam": 1.25, "lam_by_row": True, "lam_schedule": "linear(steps=4)", "ratio_cap": 1.0}
+    want = looked(gated, reward_B=REWARD_B)
+    assert want["kl_target"] == want["kl_teacher"]
+    close(looked(gated | tilted, reward_B=REWARD_B), want)
+
+
 def test_an_objective_without_a_teacher_has_nothing_to_be_held_against():
     options = {"advantage": "grpo"}
     with pytest.raises(ValueError, match="no target to compare with: the objective has no teacher"):

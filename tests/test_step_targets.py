@@ -84,6 +84,23 @@ def test_what_asks_for_the_vocabulary_does_not_change_what_a_geometric_mixture_i
     holds(one.descent(), full.sampled(jnp.cumsum(reward_BT[:, ::-1], 1)[:, ::-1]))
 
 
+@pytest.mark.parametrize("space", ["probability", "log"])
+def test_a_mixtures_own_entropy_needs_no_reference_whatever_lambda_is(space):
+    """Beside rewards alone lambda has no target to tilt, and the reference is not loaded."""
+    at_most = 3.75
+    gates = (f"teacher_entropy(at_most={at_most})",)
+    one = mixed_setting(space, advantage="grpo", lam=1.25, gates=gates)
+    assert one.recipe.reference is None
+    reward_B = np.arange(full.N_ROWS) % 3 > 0
+    got = one.descent(reward_B=reward_B)
+    teacher_BTV = np.asarray(mixture(space), np.float64)[:, :-1]
+    sure_BT = -(np.exp(teacher_BTV) * teacher_BTV).sum(-1) <= at_most
+    assert 0.2 < sure_BT[MASK_BT].mean() < 0.8
+    pairs = reward_B.reshape(-1, 2)
+    compared = (pairs - pairs.mean(1, keepdims=True)) / (pairs.std(1, keepdims=True) + 1e-4)
+    holds(got, full.sampled(jnp.array(compared.reshape(-1, 1) * sure_BT, jnp.float32)))
+
+
 LAM_B = np.array([0.0, 1.0, 1.25, 2.0] * 4, np.float32)
 
 
