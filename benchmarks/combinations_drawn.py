@@ -43,6 +43,17 @@ OPTIONS = WITH_OPTIONS | {
     "linear": "linear(steps=3)",
     "cosine": "cosine(steps=3)",
 }
+# Entries of which one form or another is drawn.
+FORMS = {
+    "top_k": ("top_k(k=3)", *(f"top_k(k=8, of='{of}')" for of in ("union", "intersection"))),
+    "jsd": ("jsd(beta=0.2)",),
+    "alpha": ("alpha(alpha=-0.5)", "alpha(alpha=1.5)"),
+    "sequence": ("sequence(cap=1.5, geometric=True)",),
+    "teacher_entropy": ("teacher_entropy(at_least=0.5)",),
+    "cr_opd": ("cr_opd(threshold=0.1, teacher_k=None, margin=0.2, clip=1.0)",),
+    "ppo": ("ppo(low=0.1, high=0.1, dual=None)",),
+    "gae": ("gae(gamma=0.9, lam=0.8)",),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,7 +118,7 @@ def one_device(mesh: dict) -> dict:
 def _draw(r: random.Random) -> Drawn:
     def entry(key):
         name = r.choice(sorted(TABLES[key]))
-        return OPTIONS.get(name, name)
+        return r.choice((OPTIONS.get(name, name), *FORMS.get(name, ())))
 
     def often(default, *others):
         return r.choice((default, default, *others))
