@@ -33,14 +33,14 @@ def launched(root, *arguments, n=2, n_devices=4, **environment):
 
 
 def two(root, *arguments):
-    process = launched(root, *arguments, XLA_FLAGS=tiny.optimized())
+    process = launched(root, *arguments, XLA_FLAGS=tiny.CHEAP)
     out, err = process.communicate(timeout=tiny.TIMEOUT)
     assert process.returncode == 0, err
     return out, err
 
 
 def one(root, *arguments):
-    done = tiny.run(root, *FLAGS, *arguments, n_devices=8, XLA_FLAGS=tiny.optimized())
+    done = tiny.run(root, *FLAGS, *arguments, n_devices=8, XLA_FLAGS=tiny.CHEAP)
     assert done.returncode == 0, done.stderr
     return done.stdout, done.stderr
 
