@@ -24,14 +24,6 @@ def decoder_of(c: settings.Config, mesh, cfg: ModelConfig, model: settings.Model
     return Decoder(cfg, dtype=model.dtype, attention=name, by_layer=by_layer)
 
 
-def trains_whole(c: settings.Config, name: str) -> bool:
-    """Whether the role's own weights are trained, and in float32: then it is loaded so.
-
-    Nothing else needs more bits than its file has: use casts in any case.
-    """
-    return name == "student" and c.lora is None and c.optimizer.weights_dtype == "float32"
-
-
 def adapted(c: settings.Config, name: str, model: settings.Model, cfg: ModelConfig) -> ModelConfig:
     """cfg, with the run's adapters where the role has them: the student, and who follows it."""
     if c.lora is None or (name != "student" and model.follows is None):

@@ -226,7 +226,7 @@ def _role(role: abstract.Role) -> str:
     shape = f"{cfg.architecture}, {cfg.num_hidden_layers} layers of {cfg.hidden_size}"
     n = sum(x.size for x in abstract.leaves(role.params))
     size = f"{n / 1e9:.2f} G" if n >= 1e7 else f"{n / 1e6:.2f} M"
-    kept = "follows the student" if role.params is None else f"{size} params, {role.stored}"
+    kept = "follows the student" if role.params is None else f"{size} params, {role.kept}"
     computes = f"computes in {role.decoder.dtype}, attends by {role.decoder.attention}"
     return f"{shape}, {kept}, {computes}"
 

@@ -9,15 +9,7 @@ import jax
 
 from gopd_jax import config as settings
 from gopd_jax import data, hub, method, processes, sharding
-from gopd_jax.assembly import (
-    adapted,
-    decoder_of,
-    frozen_of,
-    recipe_of,
-    teachers_used,
-    trains_whole,
-    views,
-)
+from gopd_jax.assembly import adapted, decoder_of, frozen_of, recipe_of, teachers_used, views
 from gopd_jax.evaluate import held_out
 from gopd_jax.method import teachers_of
 from gopd_jax.models import hf, lora
@@ -162,10 +154,9 @@ def _load_roles(models: dict[str, settings.Model], mesh, c, problems) -> dict[st
     for name, model in models.items():
         if (at := _try(problems, hub.locate, model.path, says=f"{name}: ")) is None:
             continue
-        dtype = "float32" if trains_whole(c, name) else "stored"
         key = (at.directory.resolve(), model.placement)
         if key not in loaded:
-            loaded[key] = _try(problems, _load, name, model, at, dtype, mesh, c, says=f"{name}: ")
+            loaded[key] = _try(problems, _load, name, model, at, mesh, c, says=f"{name}: ")
         elif loaded[key] is not None:  # for a role that may read more of the same model
             _try(problems, check_context, name, model, loaded[key][0], c, says=f"{name}: ")
         wide = width if name.startswith("teacher:") else None
@@ -223,8 +214,11 @@ def _length_setting(name: str, model: settings.Model) -> str:
     return f"{name.replace('teacher:', 'teachers.')}.prompt_length" if own else "data.prompt_length"
 
 
-def _load(name: str, model: settings.Model, at: hub.Located, dtype: str, mesh, c: settings.Config):
-    """(its ModelConfig, params, digest, tokenizer)."""
+def _load(name: str, model: settings.Model, at: hub.Located, mesh, c: settings.Config):
+    """(its ModelConfig, params, digest, tokenizer).
+
+    Weights are as stored: use casts in any case, and `init_state` casts what is trained.
+    """
     cfg = hf.load_config(at.directory)
     axes = lm_params.logical_axes(cfg)
     problems = sharding.mesh_problems(mesh, lm_params.abstract_params(cfg), axes, role=name)
@@ -241,7 +235,7 @@ def _load(name: str, model: settings.Model, at: hub.Located, dtype: str, mesh, c
         at.directory,
         cfg,
         shardings=where,
-        dtype=dtype,
+        dtype="stored",
         progress=lambda work: bar(work, f"loading {name}", shown),
     )
     return cfg, params, hf.weights_digest(at.directory, **processes.shared_work()), chat

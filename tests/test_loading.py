@@ -211,7 +211,7 @@ def test_frozen_models_stay_as_they_are_stored_and_give_the_same_numbers(tmp_pat
     roles = setup.prepare(tiny.config(tmp_path)).roles
     assert roles["reference"].params is roles["student"].params
     for name, dtype in (
-        ("student", "float32"),
+        ("student", "bfloat16"),
         ("teacher:math", "bfloat16"),
         ("teacher:code", "float32"),
     ):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import operator
 
 import jax
 import numpy as np
@@ -24,8 +25,7 @@ CHIP = Chip(flops=1e12, bandwidth=1e9, usable=2**30, source="made up")
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """As tiny.build, two of its models in bfloat16: the student is loaded in float32 all the same,
-    and so is the reference, which is the same directory."""
+    """As tiny.build, two of its models in bfloat16, one of them student and reference."""
     root = tmp_path_factory.mktemp("plan")
     tiny.build(root)
     for name in ("base", "teacher_math"):
@@ -73,6 +73,19 @@ def test_the_abstract_run_has_the_shapes_and_shardings_of_the_real_one(root, nam
 @pytest.mark.parametrize("name", ["sft", "opsd"])  # completions of the data; a teacher's context
 def test_so_has_that_of_a_preset_whose_prompts_hold_more(name):
     require_same(preset(name))
+
+
+@pytest.mark.parametrize("options", [{}, {"lora": Lora(rank=2)}], ids=["whole", "adapters"])
+def test_what_is_frozen_lies_as_it_is_stored_and_what_is_trained_in_float32(root, options):
+    real = setup.prepare(tiny.config(root, **options))
+    state, frozen = init_state(real.recipe, real.student.params), real.frozen
+    assert {str(x.dtype) for x in jax.tree.leaves(state.params)} == {"float32"}
+    assert {str(x.dtype) for x in jax.tree.leaves(frozen.reference)} == {"bfloat16"}
+    assert [str(x["final_norm"].dtype) for x in frozen.teachers] == ["bfloat16", "float32"]
+    reads = frozen.base if options else real.student.params
+    assert all(map(operator.is_, jax.tree.leaves(reads), jax.tree.leaves(frozen.reference)))
+    if not options:
+        jax.tree.map(np.testing.assert_array_equal, state.params, frozen.reference)
 
 
 def preset(name, argument="tiny"):

@@ -107,7 +107,6 @@ class Study:
     def run_cell(self, cell: Seeded) -> None:
         start, compiled, scope = time.monotonic(), self.compiled, self.scope
         trainer, found, seconds = self.trainer(cell.method), {}, {}
-        params = trainer.run.student.params
         if (model := METHODS[cell.method].model) is not None:
             path = microworld.path(model)
             params = hf.load_params(path, hf.load_config(path))

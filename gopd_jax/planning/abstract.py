@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from gopd_jax import config as settings
 from gopd_jax import hub, method, recipe, setup, sharding
-from gopd_jax.assembly import adapted, decoder_of, frozen_of, recipe_of, teachers_used, trains_whole
+from gopd_jax.assembly import adapted, decoder_of, frozen_of, recipe_of, teachers_used
 from gopd_jax.models import lora
 from gopd_jax.models import params as lm_params
 from gopd_jax.models.decoder import Decoder
@@ -42,7 +42,7 @@ class Role:
 
     decoder: Decoder
     params: Params | None  # None of a teacher that follows the student
-    stored: str  # dtype in which its weights lie on the devices
+    kept: str  # dtype in which its weights lie on the devices, trained ones in the state
     source: object  # what it is read from; roles of one source share their arrays
 
     @property
@@ -143,7 +143,7 @@ def _roles(c: settings.Config, mesh: Mesh, problems: list[str]) -> dict[str, Rol
             if key not in loaded:
                 loaded[key] = None
                 cfg, stored = model_config(model.path)
-                loaded[key] = cfg, "float32" if trains_whole(c, name) else stored
+                loaded[key] = cfg, stored
                 if wrong := sharding.mesh_problems(
                     mesh, lm_params.abstract_params(cfg), lm_params.logical_axes(cfg), role=name
                 ):
@@ -163,7 +163,7 @@ def _roles(c: settings.Config, mesh: Mesh, problems: list[str]) -> dict[str, Rol
         found[name] = Role(
             decoder=decoder,
             params=params if model.follows is None else None,
-            stored=stored,
+            kept=c.optimizer.weights_dtype if name == "student" and c.lora is None else stored,
             source=key,
         )
     return found
@@ -236,6 +236,20 @@ def _laid(shape: jax.ShapeDtypeStruct, where) -> jax.ShapeDtypeStruct:
 def state(run: Run, rollout=None):
     """Shapes, dtypes and shardings of the TrainState; rollout: shapes of one, if it lags."""
     return recipe.abstract_state(run.recipe, rollout)
+
+
+def loaded(run: Run) -> list[Params]:
+    """What setup loaded and a run keeps beside its state, each model once.
+
+    The student's first weights go once there is a state, but for what of them is frozen: another
+    role's, or what adapters are trained beside.
+    """
+    base = run.frozen.base
+    whole = {} if base is None else {run.roles["student"].source: base}
+    for name, role in run.roles.items():
+        if name != "student" and role.params is not None:
+            whole[role.source] = role.params
+    return [*whole.values()]
 
 
 def leaves(params: Params | None) -> list:

@@ -137,13 +137,7 @@ def programs(run: abstract.Run, names: tuple[str, ...]) -> Iterator[Program]:
     generate, score, update = step.staged(made)
     state, rollout, scores = abstract.state(run), None, None
     rows = sharding.by_rows(made.mesh)
-    # setup keeps what it loaded. The student's first weights go once there is a state, but for what
-    # of them is frozen: another role's, or what adapters are trained beside.
-    whole = {} if frozen.base is None else {run.roles["student"].source: frozen.base}
-    for name, role in run.roles.items():
-        if name != "student" and role.params is not None:
-            whole[role.source] = role.params
-    loaded = [*whole.values()]
+    loaded = abstract.loaded(run)
 
     def laid(tree):
         def one(x):  # of all that is handed on, states of positions alone have a third axis

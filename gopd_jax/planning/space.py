@@ -197,8 +197,7 @@ def guess(run: abstract.Run, names: tuple[str, ...]) -> int:
 
 
 def _held(run: abstract.Run) -> int:
-    loaded = {role.source: role.params for role in run.roles.values() if role.params is not None}
-    return phases.bytes_of((abstract.state(run), [*loaded.values()]))
+    return phases.bytes_of((abstract.state(run), abstract.loaded(run)))
 
 
 def _cache(run: abstract.Run, decoder: Decoder, rows: int) -> int:
