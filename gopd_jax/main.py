@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import errno
 import re
+import runpy
 import shlex
 import sys
 import traceback
@@ -174,12 +175,13 @@ def _where(error: Exception) -> str:
         r'Flag ([\w.]+) can not be applied because field "([\w.]+)" is None', f"{error}"
     ):
         return f"{unset[2]} is none here; give --config.{unset[2]}=build before --config.{unset[1]}"
-    if isinstance(error, KeyError):
-        said = (
-            f"there is no {error}; a flag changes what a preset has, a teacher say, and adds none: "
-            "that is what a preset of your own is for (README.md, Your own models and data)"
-        )
     preset = _preset()
+    if isinstance(error, KeyError) and (there := _names_beside(preset, *error.args)):
+        said = (
+            f"there is no {error}, but {there}; a flag changes what a preset has, a teacher say, "
+            "and adds none: that is what a preset of your own is for (README.md, Your own models "
+            "and data)"
+        )
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         if preset and Path(frame.filename).absolute() == preset:
             return f"{preset}:{frame.lineno}: {said}"
@@ -190,6 +192,19 @@ def _preset() -> Path | None:
     """The file that --config names."""
     given = re.search(r"^--?config[=\n]([^:\n]+)", "\n".join(sys.argv[1:]), re.MULTILINE)
     return Path(given[1]).absolute() if given else None
+
+
+def _names_beside(preset: Path | None, key) -> list[str]:
+    """What the preset has where a flag looked for `key`; none, where no flag did."""
+    given = "\n".join(sys.argv[1:])
+    where = re.search(rf"^--?config\.([\w.]+)\.{re.escape(f'{key}')}[.=\n]", given, re.MULTILINE)
+    if not (preset and where):
+        return []
+    word = re.search(r"^--?config[=\n][^:\n]+:(.+)$", given, re.MULTILINE)
+    made = runpy.run_path(str(preset))["get_config"](*([word[1]] if word else []))
+    for name in where[1].split("."):
+        made = getattr(made, name)
+    return sorted(made) if isinstance(made, dict) else []
 
 
 def _command(**settings) -> str:

@@ -315,7 +315,7 @@ def test_a_preset_that_is_not_there_is_refused_with_those_that_are(parse, capsys
                 f"--config={tiny.REPOSITORY / 'configs' / 'exopd.py:tiny'}",
                 "--config.teachers.law.path=/nowhere",
             ),
-            "there is no 'law'; a flag changes what a preset has, .* and adds none: .* your own",
+            r"there is no 'law', but \['code', 'math'\]; a flag .* and adds none: .* your own",
         ),
     ],
 )
@@ -385,7 +385,10 @@ def test_another_error_of_the_system_is_not_taken_for_a_full_disk():
         ("--config.stepss=2", "there is no setting stepss: Config has .*did you mean steps?"),
         ("--config.steps.more=2", "there is no setting steps.more: it has no parts"),
         ("--config.teachers.math.pth=x", "there is no setting teachers.math.pth: Model has"),
-        ("--config.teachers.maths.path=x", "there is no 'maths'; a flag changes what a preset has"),
+        (
+            "--config.teachers.maths.path=x",
+            r"there is no 'maths', but \['code', 'math'\]; a flag changes what a preset has",
+        ),
         ("--config.student=/x", r"student is a section of settings; give .*student.path=/x say"),
         ("--config.teachers.math=/x", r"section of settings; give .*teachers.math.path=/x say"),
         ("--config.lora.rank=4", "lora is none here; give --config.lora=build before"),
@@ -407,6 +410,7 @@ def test_a_misspelt_flag_is_refused(built, parse, capsys, flag, message):
     ("old", "new", "message"),
     [
         ("steps=6", "stepps=6", r"preset.py:\d+: TypeError: .*stepps"),
+        ("steps=6", "steps={}['six']", r"preset.py:\d+: KeyError: 'six'$"),
         ("steps=6", "steps=undefined", r"preset.py:\d+: NameError: .*undefined"),
         ("return Config(", "model('x').lamda = 2\n    return Config(", "AttributeError: .*lamda"),
     ],

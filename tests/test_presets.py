@@ -236,9 +236,14 @@ def test_a_preset_is_read_by_its_path_from_any_directory(tmp_path, name):
         assert done.stdout == f"runs/{name}-tiny\n", done.stderr
 
 
+# A critic, a loss over the vocabulary, the verifiers' reward, another prompt of the teacher's.
+BEHIND_PREFLIGHT = "gae_opd", "gkd", "kdrl", "opsd"
+ALONE = [(name, word) for name, word in EVERY if word or name not in BEHIND_PREFLIGHT]
+
+
 @pytest.mark.parametrize(
     ("name", "word"),
-    [pytest.param(*p, marks=[] if p[0] == "exopd" else pytest.mark.slow) for p in EVERY],
+    [pytest.param(*p, marks=[] if p[0] == "exopd" else pytest.mark.slow) for p in ALONE],
 )
 def test_the_tiny_form_makes_two_steps(world, name, word):
     config = preset(name, shrunk(word))
@@ -247,9 +252,8 @@ def test_the_tiny_form_makes_two_steps(world, name, word):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["gae_opd", "gkd", "kdrl", "opsd"])
+@pytest.mark.parametrize("name", BEHIND_PREFLIGHT)
 def test_the_tiny_form_begins_with_preflight_and_makes_two_steps(monkeypatch, tmp_path, name):
-    # A critic, a loss over the vocabulary, the verifiers' reward, another prompt of the teacher's.
     monkeypatch.chdir(tmp_path)
     makes_two_steps(preset(name, "tiny"))
 

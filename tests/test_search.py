@@ -227,6 +227,17 @@ def test_what_needs_no_less_than_one_that_failed_is_not_compiled(remembered):
 
 
 @pytest.mark.slow
+def test_what_leaves_a_mesh_out_is_said(root):
+    config, said = tiny.config(root, batch={"prompts": 8}, sampling={"slots": 4}), []
+    found = space.space(config, jax.devices(), said.append)
+    assert all(run.config.mesh.data * run.config.mesh.fsdp <= 4 for run in found)
+    slots, heads = said
+    assert slots.startswith("4 meshes left out, 8 x 1 x 1 for one: sampling.slots = 4 does not")
+    assert slots.endswith("choose a multiple of 8")
+    assert heads.startswith("a mesh left out, 1 x 1 x 8 for one: student has 4 along")
+
+
+@pytest.mark.slow
 def test_tries_are_a_limit_and_each_has_its_lines(remembered):
     config, there, _ = remembered
     compile, asked = answer(lambda c: 2**60, 2**40)

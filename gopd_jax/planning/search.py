@@ -77,7 +77,7 @@ def search(
         raise ValueError(f"--tries is {tries}; it is the number of compilations, at least 1")
     start = time.perf_counter()
     say(f"meshes of {len(topology.devices)} devices, and a step traced for each kind of them")
-    runs = space(config, topology.devices)
+    runs = space(config, topology.devices, say)
     names = phases.used_by(runs[0]) if names is None else phases.possible(runs[0], names)
     found = ranked(runs, names, topology, mfu=mfu)
     usable = topology.chip.usable

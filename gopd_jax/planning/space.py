@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+import re
 
 import numpy as np
 
@@ -60,12 +61,13 @@ class Candidate:
         )
 
 
-def space(c: settings.Config, devices) -> list[abstract.Run]:
+def space(c: settings.Config, devices, say=lambda text: None) -> list[abstract.Run]:
     """Every mesh and division of the batch that config, models and rows allow.
 
+    say is told what leaves meshes out, such as heads or sampling.slots that they do not divide.
     ValueError, where there is none, with what is wrong with all of them, or with the first.
     """
-    found, wrong = [], []
+    found, wrong, refused = [], [], {}
     rows = c.batch.prompts * c.batch.rollouts
     beside = c.mesh.expert * c.mesh.sequence
     if beside < 1 or len(devices) % beside:
@@ -85,10 +87,17 @@ def space(c: settings.Config, devices) -> list[abstract.Run]:
             except ValueError as error:
                 wrong.append(str(error).splitlines())
                 if pieces == 1:  # it is the mesh
+                    first = wrong[-1][0].removeprefix("- ")
+                    kind = re.split(r"\d", first)[0]  # the rest has this mesh's numbers
+                    refused.setdefault(kind, []).append((sizes, first))
                     break
     if not found:
         common = [line for line in wrong[0] if all(line in lines for lines in wrong)]
         raise ValueError("\n".join(common or ["no mesh does; the first of them:", *wrong[0]]))
+    for meshes in refused.values():
+        sizes, first = meshes[0]
+        them = f"{len(meshes)} meshes" if len(meshes) > 1 else "a mesh"
+        say(f"{them} left out, {' x '.join(map(str, sizes))} for one: {first}")
     return found
 
 
