@@ -15,7 +15,7 @@ from families import MODELS, random_params
 from rich.console import Console
 from safetensors.numpy import load_file, save_file
 
-from gopd_jax import setup, sharding
+from gopd_jax import setup, sharding, train
 from gopd_jax.models import decoder as lm
 from gopd_jax.models import hf, safetensors_in
 from gopd_jax.models import params as lm_params
@@ -250,3 +250,29 @@ def test_a_bar_is_shown_for_models_that_take_a_while_on_process_0(tmp_path, monk
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     setup.prepare(tiny.config(tmp_path))
     assert text.getvalue() == shown
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_a_run_from_narrow_files_is_that_of_the_same_weights_in_float32_files(tmp_path, dtype):
+    """Student, teachers and reference; what is trained is float32 in both, and so are products."""
+
+    def losses(stored):
+        root = tmp_path / np.dtype(stored).name
+        root.mkdir()
+        tiny.build(root)
+        for file in root.glob("*/*.safetensors"):
+            rounded = {k: v.astype(dtype) for k, v in load_file(file).items()}
+            save_file({k: v.astype(stored) for k, v in rounded.items()}, file)
+        train.run(tiny.config(root, steps=2))
+        rows = map(json.loads, (root / "run" / "metrics.jsonl").open())
+        return [row["loss"] for row in rows if "loss" in row], root / "run" / "export"
+
+    (narrow, narrow_export), (wide, wide_export) = losses(dtype), losses(np.float32)
+    assert len(wide) == 2
+    np.testing.assert_allclose(narrow, wide, rtol=1e-6)
+    stored, full = (load_file(path / "model.safetensors") for path in (narrow_export, wide_export))
+    assert {x.dtype for x in stored.values()} == {np.dtype(dtype)}
+    for name, x in full.items():
+        step = ml_dtypes.finfo(dtype).eps * np.abs(x) + 1e-6
+        assert np.all(np.abs(stored[name].astype(np.float32) - x) <= step), name
