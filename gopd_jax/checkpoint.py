@@ -270,10 +270,11 @@ def _drop_the_others() -> None:
 
 def _not_orbax(record: logging.LogRecord) -> bool:
     """False for what Orbax's threads log of an exception that `result` raises too, and for what
-    asyncio says of a task of Orbax's; its other errors, of removing an old checkpoint say, stay."""
+    asyncio says of a task of Orbax's or of a read that such a task no longer waits for; its other
+    errors, of removing an old checkpoint say, stay."""
     raised = "orbax" in record.pathname and record.filename in RAISED_TOO
-    task = record.name == "asyncio" and "orbax" in record.getMessage()
-    return not (record.exc_info and (raised or task))
+    theirs = re.search("orbax|tensorstore", record.getMessage()) and record.name == "asyncio"
+    return not (record.exc_info and (raised or theirs))
 
 
 def _first(error: BaseException) -> str:
