@@ -1,4 +1,5 @@
 import datetime
+import functools
 import json
 import subprocess
 import sys
@@ -226,7 +227,12 @@ def test_tasks_are_named_once(tmp_path, tasks):
         data.load(jsonl(tmp_path, [row()]), tasks)
 
 
-def test_microworld_rows_are_taken_from_its_dataset(monkeypatch):
+class Rows(list):
+    def __getitems__(self, indices):
+        return [self[i] for i in indices]
+
+
+def test_microworld_rows_are_taken_from_its_dataset_once_a_process(monkeypatch):
     import types
 
     import gopd_jax.microworld
@@ -236,18 +242,19 @@ def test_microworld_rows_are_taken_from_its_dataset(monkeypatch):
     def load(split):
         asked.append(split)
         turns = json.dumps([{"role": "user", "content": "w1"}])
-        return [
-            {"messages": turns, "task": t, "answer": "1", "verifier": "text", "completion": "w2"}
-            for t in TASKS
-        ]
+        row = {"messages": turns, "answer": "1", "verifier": "text", "completion": "w2"}
+        return Rows(row | {"task": task} for task in TASKS * 700)  # more than are read at a time
 
     module = types.ModuleType("gopd_jax.microworld.dataset")
     module.load = load
     monkeypatch.setitem(sys.modules, "gopd_jax.microworld.dataset", module)
     monkeypatch.setattr(gopd_jax.microworld, "dataset", module, raising=False)
+    monkeypatch.setattr(data, "_builtin", functools.cache(data._read))
     got = data.load("microworld:test", TASKS)
+    assert data.load("microworld:test", list(TASKS)) is got
     assert asked == ["test"]
-    assert got.records["code"][0].source == "microworld:test[1]"
+    sources = [[record.source for record in got.records[task]] for task in TASKS]
+    assert sources == [[f"microworld:test[{i}]" for i in range(n, 1400, 2)] for n in (0, 1)]
     assert got.records["code"][0].messages == ({"role": "user", "content": "w1"},)
 
 

@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,14 @@ class Rows:
     def __getitem__(self, index: int) -> dict[str, str]:
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
-        return {key: value.decode() for key, value in self.source[index].items()}
+        return _decoded(self.source[index])
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, str]]:
+        return [_decoded(row) for row in self.source.__getitems__(indices)]
+
+
+def _decoded(row: dict[str, bytes]) -> dict[str, str]:
+    return {key: value.decode() for key, value in row.items()}
 
 
 def cache_directory() -> Path:
