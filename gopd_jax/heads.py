@@ -15,7 +15,7 @@ from gopd_jax import batching, scoring, sharding
 from gopd_jax.drawing import pick
 from gopd_jax.models import decoder as lm
 from gopd_jax.models.ops import constrain
-from gopd_jax.objectives.objective import fed, over_vocabulary
+from gopd_jax.objectives.entries import fed, over_vocabulary
 from gopd_jax.objectives.supports import supported
 from gopd_jax.objectives.targets import along, mixed, tilted, tilted_distribution
 from gopd_jax.types import Rollout, Scores

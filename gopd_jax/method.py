@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 from gopd_jax import notes
-from gopd_jax.objectives import checks, objective
+from gopd_jax.objectives import checks, entries, objective
 from gopd_jax.objectives.baselines import BASELINES
 
 SOURCES = ("student", "teacher", "data")
@@ -92,14 +92,14 @@ def find(config) -> Iterator[str]:
     yield from _roles(c, made)
     yield from _rows(c, made)
     yield from _sampling(c)
-    measured = objective.TARGETS & {*objective.names(made.advantage)}
+    measured = entries.TARGETS & {*entries.names(made.advantage)}
     if made.needs_critic and c.critic is None:
         begun = "" if measured else " --config.critic.closed_form=False"
         yield (
             f"objective.credit = {o.credit!r} and baseline = {o.baseline!r} need a value of each "
             f"state and there is no critic; set --config.critic=build{begun}"
         )
-    if made.baseline is BASELINES["value"] and "value_BT" in objective.names(made.credit):
+    if made.baseline is BASELINES["value"] and "value_BT" in entries.names(made.credit):
         yield "objective.baseline = 'value' is taken off by credit = 'gae' already; use 'none'"
     if made.needs_critic and c.critic is not None and c.critic.closed_form and not measured:
         yield (
@@ -191,9 +191,9 @@ def _rows(c, made) -> Iterator[str]:
     b, o = c.batch, c.objective
     compared = [k for k in ("advantage", "task") if made.weighs and _uses_reward(made, k)]
     compared += (
-        ["gates"] if any("relative_reward_B" in objective.names(g) for g in made.gates) else []
+        ["gates"] if any("relative_reward_B" in entries.names(g) for g in made.gates) else []
     )
-    if made.baseline is not None and "group_B" in objective.names(made.baseline):
+    if made.baseline is not None and "group_B" in entries.names(made.baseline):
         compared.append("baseline")
     if compared and b.rollouts == 1:
         key = compared[0]
@@ -305,7 +305,7 @@ def unused(config) -> Iterator[str]:
 
 def _uses_reward(made, key: str) -> bool:
     entry = getattr(made, key)
-    return entry is not None and "relative_reward_B" in objective.names(entry)
+    return entry is not None and "relative_reward_B" in entries.names(entry)
 
 
 def _name(text: str) -> str:

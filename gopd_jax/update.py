@@ -14,7 +14,7 @@ from gopd_jax import batching, critic, heads, optimizer
 from gopd_jax.models import lora
 from gopd_jax.objectives.baselines import group_relative
 from gopd_jax.objectives.diagnostics import diagnostics
-from gopd_jax.objectives.objective import fed, names, over_vocabulary
+from gopd_jax.objectives.entries import fed, names, over_vocabulary
 from gopd_jax.objectives.targets import along, tilted
 from gopd_jax.recipe import Frozen, Recipe
 from gopd_jax.types import Mean, Rollout, Scores, TrainState

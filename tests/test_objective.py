@@ -278,6 +278,36 @@ def one_array(student_xV, target_xV, real_xV):
     return student_xV.argmax(-1)
 
 
+def backwards(log_t, log_s):
+    """Forward KL for whoever reads its arguments, reverse KL by the order that they come in."""
+    return jnp.exp(log_t) * (log_t - log_s)
+
+
+def twisted(target_xV, student_xV, real_xV):
+    return None
+
+
+def swapped(lam, step):
+    return lam
+
+
+def unmasked(position_BT):
+    return position_BT / 4.0
+
+
+def inside_out(valid_xS, logp_xS):
+    return logp_xS, valid_xS
+
+
+def bucketed(logp_xS, valid_xS, share):
+    return logp_xS + share, valid_xS
+
+
+def lidless(logp_xS, valid_xS, outside_x):
+    """A bucket that nobody says is valid."""
+    return jnp.concatenate([logp_xS, outside_x[..., None]], -1), valid_xS
+
+
 def trusted(log_u_BT, teacher_entropy_BT, mask_BT, *, divergence, nats=1.0):
     """A divergence's reward where the teacher is decided."""
     decided_BT = mask_BT & (teacher_entropy_BT < nats)
@@ -294,6 +324,8 @@ def own(monkeypatch):
         ("loss", clairvoyant),
         ("credit", soothsaying),
         ("credit", longer),
+        *(("divergence", backwards), ("lam_schedule", swapped), ("reduction", unmasked)),
+        *(("support", twisted), ("mass", inside_out), ("mass", bucketed), ("mass", lidless)),
     ):
         monkeypatch.setitem(TABLES[table], function.__name__, function)
 
@@ -362,6 +394,27 @@ def test_an_own_entry_that_asks_for_what_no_step_computes_hears_what_there_is(
 
 
 @pytest.mark.parametrize(
+    ("key", "name", "takes", "order"),
+    [
+        ("divergence", "backwards", "log_t, log_s", "log_s, log_t"),
+        ("lam_schedule", "swapped", "lam, step", "step, lam"),
+        ("support", "twisted", "target_xV, student_xV, real_xV", "student_xV, target_xV, real_xV"),
+        ("mass", "inside_out", "valid_xS, logp_xS", "logp_xS, valid_xS"),
+        ("mass", "bucketed", "logp_xS, valid_xS, share", "logp_xS, valid_xS"),
+        ("reduction", "unmasked", "position_BT", "mask_BT"),
+    ],
+)
+def test_an_own_entry_that_is_called_by_position_has_these_names_in_this_order(
+    own, key, name, takes, order
+):
+    said = f"{name} takes ({takes}), and objective.{key} is called by position with ({order})"
+    with pytest.raises(ValueError, match=re.escape(said)):
+        build(**{key: name})
+    problems = checks.objective_problems({key: name, "loss": "exact"})
+    assert any(problem.startswith(f"objective: {said}") for problem in problems)
+
+
+@pytest.mark.parametrize(
     ("settings", "words"),
     [
         ({"advantage": "sharper(sharp=2)"}, r"sharper has no \['sharp'\]; it has \['power'\]"),
@@ -375,6 +428,10 @@ def test_an_own_entry_that_asks_for_what_no_step_computes_hears_what_there_is(
         (
             {"loss": "exact", "support": "one_array"},
             r"support is 'one_array': it returns the shapes \[\(3,\), \(3,\)\] for 5 ids",
+        ),
+        (
+            {"loss": "exact", "support": "top_k(k=2)", "mass": "lidless"},
+            r"mass is 'lidless': it returns the shapes \[\(2, 3, 6\), \(2, 3, 5\)\]",
         ),
         ({"loss": "between"}, r"is 'between'; give it \['share'\]: 'between\(share=...\)'"),
     ],

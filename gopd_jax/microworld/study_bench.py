@@ -21,7 +21,7 @@ from gopd_jax.config import Config
 from gopd_jax.evaluate import evaluate
 from gopd_jax.microworld.compare import EVALUATION_ROWS, held_out
 from gopd_jax.objectives import objective
-from gopd_jax.objectives.objective import fed
+from gopd_jax.objectives.entries import fed
 from gopd_jax.objectives.supports import supported
 from gopd_jax.recipe import init_state
 from gopd_jax.setup import Run

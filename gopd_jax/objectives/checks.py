@@ -8,20 +8,12 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
+from gopd_jax.objectives import supports
 from gopd_jax.objectives.credit import CREDITS
+from gopd_jax.objectives.entries import EARNED, REWARDS, fed, names, over_vocabulary
 from gopd_jax.objectives.gates import GATES
 from gopd_jax.objectives.importance import IMPORTANCE, REJECTIONS
-from gopd_jax.objectives.objective import (
-    EARNED,
-    REWARDS,
-    TABLES,
-    Objective,
-    absent,
-    build,
-    fed,
-    names,
-    over_vocabulary,
-)
+from gopd_jax.objectives.objective import TABLES, Objective, absent, build
 from gopd_jax.spec import plain, resolve
 
 ESTIMATORS = ("corrected", "stop_gradient")
@@ -110,6 +102,7 @@ def _dry_run(made: Objective, said: dict) -> Iterator[str]:
         ("divergence", 0, (_of_shape(made.divergence), row, row)),
         ("lam_schedule", 0, (_of_shape(made.lam_at, ()), np.int32(0))),
         ("support", 0, (_supported(made.support), over_V, over_V, over_V < 1)),
+        ("mass", 0, (_handled(made.mass), over_V, over_V < 1, row)),
         ("reduction", 0, (_of_shape(made.reduction), row > -1)),
     ]
     for key, functions in entries.items():
@@ -162,6 +155,21 @@ def _supported(support):
             raise ValueError(
                 f"it returns the shapes {shapes} for {V} ids at {B} x {T} positions; return "
                 "(ids_xS, valid_xS), both [..., S], or None for every id"
+            )
+
+    return run
+
+
+def _handled(mass):
+    """Of one shape, whatever that is: log-probs and whether they are valid, for each position."""
+
+    def run(logp_xS, valid_xS, outside_x):
+        found = supports.handled(mass, logp_xS, valid_xS, lambda: outside_x)
+        shapes = [np.shape(x) for x in found]
+        if len(shapes) != 2 or shapes[0] != shapes[1] or shapes[0][:-1] != (B, T):
+            raise ValueError(
+                f"it returns the shapes {shapes} for a support of {V} ids at {B} x {T} positions; "
+                "return (logp_xS, valid_xS), both [..., S]"
             )
 
     return run

@@ -5,8 +5,8 @@ import inspect
 import jax
 import jax.numpy as jnp
 
+from gopd_jax.objectives.entries import fed
 from gopd_jax.objectives.importance import statistics
-from gopd_jax.objectives.objective import fed
 from gopd_jax.types import Mean
 
 QUANTILES = {"p01": 0.01, "p10": 0.1, "p50": 0.5, "p90": 0.9, "p99": 0.99}

@@ -67,4 +67,4 @@ def _log_ratio(logp_x, target_x):
     return value_x + (logp_x - stopped_x)
 
 
-LOSSES = table(policy_gradient, ppo, k1, k2, k3) | DISTRIBUTIONAL | ROUTING
+LOSSES = table(policy_gradient, ppo, k1, k2, k3, *DISTRIBUTIONAL.values(), *ROUTING.values())

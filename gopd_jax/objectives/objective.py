@@ -1,8 +1,4 @@
-"""An objective: the entries of the tables that a run combines, and what they have to be fed.
-
-An entry's positional parameters name the quantities that it needs, its keyword-only ones are
-options. So what a step has to compute is read off the entries, and a new one is nowhere else named.
-"""
+"""An objective: the entries of the tables that a run combines, and what they have to be fed."""
 
 from __future__ import annotations
 
@@ -15,11 +11,21 @@ from collections.abc import Callable
 import jax.numpy as jnp
 
 from gopd_jax.objectives import divergences as f_divergences
-from gopd_jax.objectives import formula
+from gopd_jax.objectives import entries, formula
 from gopd_jax.objectives.advantages import ADVANTAGES
 from gopd_jax.objectives.baselines import BASELINES
 from gopd_jax.objectives.credit import CREDITS
 from gopd_jax.objectives.divergences import DIVERGENCES
+from gopd_jax.objectives.entries import (
+    DRAWN,
+    EARNED,
+    REWARDS,
+    TARGETS,
+    VALUES,
+    fed,
+    names,
+    over_vocabulary,
+)
 from gopd_jax.objectives.gates import GATES
 from gopd_jax.objectives.importance import IMPORTANCE, REJECTIONS
 from gopd_jax.objectives.losses import LOSSES
@@ -46,35 +52,6 @@ TABLES = {
     "task": ADVANTAGES,
     "reduction": REDUCTIONS,
 }
-
-# Whole rows, [B, T] or [B]. What comes of the frozen models' distributions over the vocabulary:
-TARGETS = {"target_BT", "log_u_BT", "teacher_BT", "teacher_entropy_BT", "local_kl_BT"}
-DRAWN = TARGETS - {"teacher_BT", "teacher_entropy_BT"} | {"target_x", "target_xV", "target_xS"}
-VALUES = {"value_BT", "bootstrap_B"}
-REWARDS = {"reward_B", "relative_reward_B"}  # the verifier's; compared within its prompt's rollouts
-EARNED = {"token_reward_BT", "credit_BT", "advantage_BT"}  # of a sampled token
-ROWS = {
-    *("mask_BT", "position_BT", "ids_BT", "end_BT", "group_B", "ended_B", "step", *REWARDS),
-    *("student_BT", "sampler_BT", "ref_BT", "entropy_BT", *TARGETS, *VALUES),
-    *EARNED,
-}
-# Some positions of any leading shape; of the vocabulary (_xV) or of the support (_xS).
-POSITIONS = {
-    *("logp_x", "student_x", "sampler_x", "target_x", "ref_x", "ids_x", "advantage_x"),
-    *("student_xV", "target_xV", "ref_xV", "real_xV", "student_xS", "target_xS", "valid_xS"),
-}
-
-
-@functools.cache
-def names(function: Callable) -> tuple[str, ...]:
-    """The quantities that an entry needs: its positional parameters."""
-    parameters = inspect.signature(function).parameters.values()
-    return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
-
-
-def fed(function: Callable, quantities: dict):
-    """function of those of the quantities that it names."""
-    return function(**{name: quantities[name] for name in names(function)})
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -239,8 +216,8 @@ class Objective:
 
         What is gated or rejected still counts in the reduction's number of tokens.
         """
-        entries = (*self.gates, self.importance, self.rejection, self.vetoes)
-        found = [fed(e, quantities).astype(jnp.float32) for e in entries if e is not None]
+        weighing = (*self.gates, self.importance, self.rejection, self.vetoes)
+        found = [fed(e, quantities).astype(jnp.float32) for e in weighing if e is not None]
         return jnp.where(quantities["mask_BT"], math.prod(found), 0.0) if found else None
 
     def kept(self, quantities: dict):
@@ -253,11 +230,6 @@ def absent(key: str, text: str | None) -> bool:
     """Whether a setting names no entry: some say so by "none", the others need one."""
     may_be = ("baseline", "importance", "rejection", "task")
     return text is None or (text == "none" and key in may_be)
-
-
-def over_vocabulary(function: Callable) -> bool:
-    """Whether an entry takes log-probs of more than the sampled token."""
-    return any(name.endswith(("_xV", "_xS")) for name in names(function))
 
 
 def build(
@@ -293,7 +265,11 @@ def build(
     said = dict(locals())
 
     def entry(key, text):
-        return None if absent(key, text) else resolve(text, TABLES[key])
+        if absent(key, text):
+            return None
+        function = resolve(text, TABLES[key])
+        entries.check(key, function)
+        return function
 
     def given(function, own):  # options that have settings of their own
         bound = {k: x for k, x in own.items() if k in inspect.signature(function).parameters}
@@ -329,22 +305,4 @@ def build(
         mixture=mixture,
         formula="",
     )
-    for known, functions in (
-        (ROWS - EARNED, (made.advantage, made.task)),
-        (ROWS - EARNED | {"token_reward_BT"}, (made.credit,)),
-        (ROWS - {"advantage_BT"}, (made.baseline,)),
-        (ROWS, (*made.gates, made.importance, made.rejection)),
-        (POSITIONS, made.losses),
-    ):
-        for function in functions:
-            _check_names(function, known)
     return dataclasses.replace(made, formula=formula.of(made, said, estimator))
-
-
-def _check_names(function: Callable | None, known: set[str]) -> None:
-    if function is not None and (unknown := set(names(function)) - known):
-        name = plain(function).__name__
-        raise ValueError(
-            f"{name} asks for {sorted(unknown)}, which no step computes; its positional parameters "
-            f"are among {sorted(known)}, and options are keyword-only"
-        )

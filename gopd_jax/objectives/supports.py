@@ -105,18 +105,24 @@ def supported(support, mass, student_xV, target_xV, real_xV):
         return *logps, real_xV
     ids_xS, valid_xS = chosen
     n_vocab = student_xV.shape[-1]
-    wants_outside = "outside_x" in inspect.signature(mass).parameters
 
-    def handled(logp_xV):
+    def of_model(logp_xV):
+        def outside():
+            outside_xV = real_xV & ~members(ids_xS, valid_xS, n_vocab)
+            return log_mass(logp_xV, outside_xV)
+
         inside_xS = jnp.where(valid_xS, jnp.take_along_axis(logp_xV, ids_xS, -1), 0.0)
-        if not wants_outside:
-            return mass(inside_xS, valid_xS)
-        outside_xV = real_xV & ~members(ids_xS, valid_xS, n_vocab)
-        return mass(inside_xS, valid_xS, outside_x=log_mass(logp_xV, outside_xV))
+        return handled(mass, inside_xS, valid_xS, outside)
 
-    (student_xS, student_valid_xS), (target_xS, target_valid_xS) = map(handled, logps)
+    (student_xS, student_valid_xS), (target_xS, target_valid_xS) = map(of_model, logps)
     valid_xS = student_valid_xS & target_valid_xS
     return jnp.where(valid_xS, student_xS, 0.0), jnp.where(valid_xS, target_xS, 0.0), valid_xS
+
+
+def handled(mass, logp_xS, valid_xS, outside):
+    """What mass makes of a support; outside() is the log-mass off it, asked for where mass is."""
+    wants = "outside_x" in inspect.signature(mass).parameters
+    return mass(logp_xS, valid_xS, **({"outside_x": outside()} if wants else {}))
 
 
 def likeliest(logp_xV, real_xV, k):

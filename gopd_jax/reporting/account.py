@@ -11,7 +11,8 @@ import math
 import statistics
 from functools import partial
 
-from gopd_jax.objectives.objective import EARNED, TABLES, names, over_vocabulary
+from gopd_jax.objectives.entries import EARNED, names, over_vocabulary
+from gopd_jax.objectives.objective import TABLES
 from gopd_jax.reporting import evidence
 from gopd_jax.reporting.plots import Run
 

@@ -15,7 +15,8 @@ from collections.abc import Iterable
 
 from gopd_jax import config as settings
 from gopd_jax import problems
-from gopd_jax.objectives.objective import TABLES, names, over_vocabulary
+from gopd_jax.objectives.entries import names, over_vocabulary
+from gopd_jax.objectives.objective import TABLES
 
 # Rows that are looked at: of a run's beginning and of its end. So a step costs the same at the end
 # of a long run, and what has passed is forgotten.
